@@ -5,8 +5,9 @@ scale s and an offset m of 6 bits a group, and float16 d and e a block. Q6_K: 16
 w = d·s·q with signed codes of 6 bits and signed scales of 8. Invariant: ``gguf.dequantize`` of
 what is returned gives exactly these products; the result depends on the weights alone, not on the
 number of threads. Codes, scales and offsets of a group minimize its squared error, each weight
-counted |w| + RMS of its group: first over a grid of scales, then by alternating least squares.
-Try it: ``mlx-slim export MODEL --to gguf --type q4_k -o DIR``.
+counted |w| + RMS of its group: over a grid of scales, by alternating least squares, and over the
+neighbours of what six bits round to. Try it:
+``mlx-slim export MODEL --to gguf --type q4_k -o DIR``.
 
 Shapes: N blocks, S groups, L weights of a group, J groups of a block. Groups stand side by side in
 (L, S), so that every operation runs along contiguous memory.
@@ -14,6 +15,7 @@ Shapes: N blocks, S groups, L weights of a group, J groups of a block. Groups st
 
 from __future__ import annotations
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,7 +24,7 @@ import numpy as np
 BLOCK = 256
 _CHUNK = 1024  # blocks that a thread works on at once: a megabyte an array
 # By how much the largest code of a group is raised before the grid rounds; clipping pays off.
-_GRID = np.linspace(-1, 3, 13, dtype=np.float32)
+_GRID = np.linspace(-1, 3, 9, dtype=np.float32)
 _ROUNDS = 2  # of least squares after the grid
 _LEVELS = {"Q4_K": 15, "Q5_K": 31}
 
@@ -47,12 +49,29 @@ def quantize_k(weight_RC: np.ndarray, kind: str) -> np.ndarray:
 
 def _q45_k(block_N256: np.ndarray, levels: int) -> np.ndarray:
     x_LS = np.ascontiguousarray(block_N256.reshape(-1, 32).T)
-    scale_S, offset_S = _fit_affine(x_LS, levels)
+    w_LS = _importance(x_LS)
+    scale_S, offset_S = _fit_affine(x_LS, w_LS, levels)
     d_N, s_NJ = _six_bits(scale_S.reshape(-1, 8))
     e_N, m_NJ = _six_bits(offset_S.reshape(-1, 8))
-    scale_S = (_float(d_N)[:, None] * s_NJ).reshape(-1)
-    offset_S = (_float(e_N)[:, None] * m_NJ).reshape(-1)
-    q_LS = np.clip(np.rint((x_LS + offset_S) * _inverse(scale_S)), 0, levels).astype(np.uint8)
+
+    def rounded(s_NJ: np.ndarray, m_NJ: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the codes and the weights that they stand for."""
+        scale_S = (_float(d_N)[:, None] * s_NJ).reshape(-1)
+        offset_S = (_float(e_N)[:, None] * m_NJ).reshape(-1)
+        q_LS = (x_LS + offset_S) * _inverse(scale_S)
+        np.clip(np.rint(q_LS, out=q_LS), 0, levels, out=q_LS)
+        return q_LS, q_LS * scale_S - offset_S
+
+    # Six bits round scale and offset each by itself; a neighbour of the pair may fit better.
+    best = s_NJ, m_NJ, np.full_like(s_NJ, np.inf)
+    for s_step, m_step in itertools.product((0, -1, 1), repeat=2):
+        near = np.clip(s_NJ + s_step, 0, 63), np.clip(m_NJ + m_step, 0, 63)
+        error_LS = rounded(*near)[1] - x_LS
+        error_NJ = np.einsum("ls,ls,ls->s", w_LS, error_LS, error_LS).reshape(-1, 8)
+        won = error_NJ < best[2]
+        best = tuple(np.where(won, a, b) for a, b in zip((*near, error_NJ), best, strict=True))
+    s_NJ, m_NJ = best[:2]
+    q_LS = rounded(s_NJ, m_NJ)[0].astype(np.uint8)
     q_NJL = np.ascontiguousarray(q_LS.T).reshape(-1, 8, 32)
     return pack_q45_k(d_N, e_N, s_NJ.astype(np.uint8), m_NJ.astype(np.uint8), q_NJL, levels)
 
@@ -147,9 +166,8 @@ def _importance(x_LS: np.ndarray) -> np.ndarray:
     return np.abs(x_LS) + np.sqrt(np.einsum("ls,ls->s", x_LS, x_LS) / len(x_LS))
 
 
-def _fit_affine(x_LS: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
+def _fit_affine(x_LS: np.ndarray, w_LS: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, offset), neither negative: x ≈ scale · q - offset with q from 0 to levels."""
-    w_LS = _importance(x_LS)
     w_S, wx_S = w_LS.sum(0), np.einsum("ls,ls->s", w_LS, x_LS)
     low_S = np.minimum(x_LS.min(0), 0)
     unit_S = _inverse(x_LS.max(0) - low_S)
