@@ -9,7 +9,7 @@ system without locks nothing is known to be dead: nothing is removed, and one li
 
 Beside an output NAME: ``.NAME.mlx-slim-tmp/`` while a folder is built (``lock``; ``new``, the
 folder to be; ``old``, the one that it replaces, whose files that the new one has not go over to it;
-``gone``, one that is being removed; ``parts``, what the new one is made of), and
+``gone``, one that is being removed; ``inputs``, what the new one is made of), and
 ``.NAME.mlx-slim-ID.EXT`` while a file is written.
 """
 
@@ -32,7 +32,7 @@ from mlx_slim.interrupts import deferred_signals
 TAG = ".mlx-slim-"
 _FOLDER = re.compile(r"\.(.+)\.mlx-slim-tmp")
 _FILE = re.compile(r"\.(.+)\.mlx-slim-[0-9a-f]{8}(\.[^.]*)?")
-_LOCK, NEW, OLD, GONE, PARTS = "lock", "new", "old", "gone", "parts"
+_LOCK, NEW, OLD, GONE, INPUTS = "lock", "new", "old", "gone", "inputs"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 _descriptors: set[int] = set()
@@ -229,7 +229,7 @@ def settle(work: TemporaryFolder) -> None:
     if old.exists() and not os.path.lexists(work.path):
         # The old folder moves aside only when the new one is whole and on disk.
         (new if new.exists() else old).rename(work.path)
-    for folder in (new, work.folder / GONE, work.folder / PARTS):
+    for folder in (new, work.folder / GONE, work.folder / INPUTS):
         shutil.rmtree(folder, ignore_errors=True)
     if old.exists():
         with contextlib.suppress(OSError):  # no place for them: the old folder stays

@@ -1,7 +1,7 @@
 """What a chat template puts around the turns of a chat, and the same as a Go template for Ollama.
 
 Ollama renders chats with a template of its own, in Go's language; a GGUF file's Jinja it compares
-with a list of known ones at most. Invariant: what is returned was found by rendering the model's
+with a list of known ones at most. Invariant: what is returned was derived by rendering the model's
 own template, and renders the same text on test chats, with and without a system message; a template
 of another structure is refused, never approximated. Try it: ``mlx-slim export MODEL --to ollama -o
 DIR`` and look at ``DIR/Modelfile``.
@@ -39,7 +39,7 @@ class ChatFormat:
             between what is before its content and the content.
         user: Around what the user says.
         answer: Around what the model says.
-        prompt: After the last turn: the model is asked for an answer.
+        prompt: After the last turn, where an answer begins.
     """
 
     begin: str
@@ -89,8 +89,8 @@ class ChatFormat:
             lines.append("{{- if eq $i 0 }}" + begin + "{{ end }}")
         branch = "{{- if"
         if self.place == "own":
-            own = f"{go_text(before_system)}{{{{ .Content }}}}{go_text(after_system)}"
-            lines.append('{{- if eq .Role "system" }}' + own)
+            turn = f"{go_text(before_system)}{{{{ .Content }}}}{go_text(after_system)}"
+            lines.append('{{- if eq .Role "system" }}' + turn)
             branch = "{{- else if"
         user = f"{go_text(before_user)}{within}{{{{ .Content }}}}{go_text(after_user)}"
         lines.append(branch + ' eq .Role "user" }}' + user)
@@ -131,17 +131,17 @@ def find_format(tokenizer: Any) -> tuple[ChatFormat, list[str]]:
     inner = unwrap(tokenizer)
     bos = inner.bos_token if inner("a").input_ids[:1] == [inner.bos_token_id] else None
 
-    def render(messages: Sequence[ChatMessage], asked: bool) -> str:
+    def render(messages: Sequence[ChatMessage], add_prompt: bool) -> str:
         """Return the text without the BOS that Ollama, whose tokenizer adds it too, puts there."""
-        text = apply_chat_template(tokenizer, list(messages), add_generation_prompt=asked)
+        text = apply_chat_template(tokenizer, list(messages), add_generation_prompt=add_prompt)
         return text.removeprefix(bos or "")
 
     try:
-        found = _probe(render)
+        chat_format = _probe(render)
         for chat in _chats(_takes_system(render)):
-            if found.render(chat) != (expected := render(chat, True)):
-                raise _refused(f"it renders {_difference(expected, found.render(chat))}")
-        notes = _besides(render, found)
+            if chat_format.render(chat) != (expected := render(chat, True)):
+                raise _refused(f"it renders {_difference(expected, chat_format.render(chat))}")
+        notes = _besides(render, chat_format)
         text = apply_chat_template(tokenizer, _turns(_USERS[:1], ()))
     except TemplateError as error:
         raise _refused(f"it does not render a chat: {error}") from error
@@ -154,17 +154,17 @@ def find_format(tokenizer: Any) -> tuple[ChatFormat, list[str]]:
         notes.append("the template writes today's date; in Ollama it stays that of this export")
     if "tools" in source:
         notes.append("the template writes tools; in Ollama there are turns of text only")
-    return found, notes
+    return chat_format, notes
 
 
 def _probe(render: Render) -> ChatFormat:
     """Cut the texts between contents into what stands before and after each kind of turn."""
     one, two = _USERS[:2]
     chat = _turns(_USERS[:2], _ANSWERS)
-    before, between, answered, asked = _cut(render(chat, True), one, _ANSWERS[0], two)
+    before, between, answered, ending = _cut(render(chat, True), one, _ANSWERS[0], two)
     _, ended = _cut(render(chat[:1], False), one)
     _, closed = _cut(render(chat[:2], False), _ANSWERS[0])
-    after_user = _common_start(ended, between, asked)
+    after_user = _common_start(ended, between, ending)
     # The first turn may begin otherwise than a later one; both end with what is before the content.
     shared = answered[len(_common_start(closed, answered)) :]
     before_user = _common_end(shared, before)
@@ -177,7 +177,7 @@ def _probe(render: Render) -> ChatFormat:
         place=place,
         user=(before_user, after_user),
         answer=(between.removeprefix(after_user), answered.removesuffix(before_user)),
-        prompt=asked.removeprefix(after_user),
+        prompt=ending.removeprefix(after_user),
     )
 
 
@@ -193,8 +193,8 @@ def _system(
         raise _refused("it writes a system message not once")
     if text.index(_SYSTEM) > text.index(_ANSWERS[0]):
         _, _, behind, after, _ = _cut(text, _USERS[0], _ANSWERS[0], _SYSTEM, _USERS[1])
-        _, found, before = behind.rpartition(before_user) if before_user else ("", "", behind)
-        if found == before_user:
+        _, separator, before = behind.rpartition(before_user) if before_user else ("", "", behind)
+        if separator == before_user:
             return "last", start, (before, after)
     before, after, _ = _cut(text, _SYSTEM, _USERS[0])
     inside = start + before_user
@@ -218,19 +218,19 @@ def _turn(role: str, content: str) -> ChatMessage:
 
 def _turns(users: Sequence[str], answers: Sequence[str]) -> list[ChatMessage]:
     pairs = itertools.zip_longest(users, answers[: len(users) - 1])
-    said = [[_turn("user", user), _turn("assistant", answer or "")] for user, answer in pairs]
-    return list(itertools.chain(*said))[: 2 * len(users) - 1]
+    rounds = [[_turn("user", user), _turn("assistant", answer or "")] for user, answer in pairs]
+    return list(itertools.chain(*rounds))[: 2 * len(users) - 1]
 
 
 def _cut(text: str, *contents: str) -> list[str]:
-    """Return what is before, between and after ``contents``, which stand in ``text`` in order."""
-    parts = []
+    """Return what is before, between and after ``contents``, which are in ``text`` in this order."""
+    pieces = []
     for content in contents:
         if text.count(content) != 1:
             raise _refused(f"it writes a turn {text.count(content)} times")
         part, text = text.split(content)
-        parts.append(part)
-    return [*parts, text]
+        pieces.append(part)
+    return [*pieces, text]
 
 
 def _common_start(*texts: str) -> str:
@@ -254,16 +254,16 @@ def _chats(system: bool) -> list[list[ChatMessage]]:
     return chats
 
 
-def _besides(render: Render, found: ChatFormat) -> list[str]:
-    """Return what the template does that ``found`` does not, for people."""
+def _besides(render: Render, chat_format: ChatFormat) -> list[str]:
+    """Return what the template does that ``chat_format`` does not, for people."""
     notes = []
     if not _takes_system(render):
         notes.append("the template takes no system message: Ollama puts one before the first text")
     chat = _turns([f" {_USERS[0]}\n", _USERS[1]], _ANSWERS)
-    if found.render(chat) != render(chat, True):
+    if chat_format.render(chat) != render(chat, True):
         notes.append("the template cuts space around texts, which Ollama does not")
     chat = _turns(_USERS[:2], [f"<think>\n{_USERS[2]}\n</think>\n\n{_ANSWERS[0]}"])
-    if found.render(chat) != render(chat, True):
+    if chat_format.render(chat) != render(chat, True):
         notes.append("the template drops the reasoning of earlier answers, which Ollama keeps")
     return notes
 

@@ -46,7 +46,7 @@ _ROUNDING |= dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 0.3)
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What was stored.
 
     Attributes:
         path: The folder.
@@ -85,7 +85,7 @@ def model_folder(source: str | Path) -> str | Path:
             raise SlimError(
                 f"{candidate} is an adapter, not a model",
                 "fuse it first (mlx-slim fuse MODEL --adapter DIR -o FUSED), or export the adapter "
-                "itself: --to peft, --to gguf-adapter; --to ollama takes both together",
+                "itself: --to peft, --to gguf-adapter; --to ollama takes base and adapter",
             )
     return source
 
@@ -207,7 +207,7 @@ def write_gguf_folder(
         out: The folder; must not exist.
         kind: One of ``models.gguf.types.TYPES``.
         name: Of the model; None takes that of its source.
-        modelfile: What stands in the ``Modelfile`` after its first line.
+        modelfile: Lines of the ``Modelfile`` after its first line.
         calibration: Text on which the file is compared with its source.
         observer: Gets a ``Notice`` for each stage.
 
@@ -221,7 +221,7 @@ def write_gguf_folder(
     file = f"{name}-{kind}.gguf"
     with atomic_folder(out) as temporary:
         say(f"writing {file}")
-        written = write_gguf(
+        stored = write_gguf(
             temporary / file, loaded.model, loaded.tokenizer, loaded.config, kind, name
         )
         tokens_NT, text = audit_tokens(
@@ -232,7 +232,7 @@ def write_gguf_folder(
         say("reading it back")
         again = import_gguf(temporary / file).model
         unread = open_weights(loaded.path, dtype=compute_dtype())[0]
-        error = _check_rounding(language_model(unread), again, written.formats, file)
+        error = _check_rounding(language_model(unread), again, stored.formats, file)
         if (compute := compute_dtype()) is not None:  # a GPU reads the codes as they are
             densify(again)
             cast(again, compute)
@@ -257,8 +257,8 @@ def write_gguf_folder(
         card.write(temporary)
     size = (out / file).stat().st_size
     facts = [
-        f"{out / file}: {kind.upper()}, {human_bytes(size)} ({written.counts()})",
-        *(f"note       {note}" for note in written.notes),
+        f"{out / file}: {kind.upper()}, {human_bytes(size)} ({stored.counts()})",
+        *(f"note       {note}" for note in stored.notes),
         f"checked    read back, largest rounding {error:.2g}; {fact}",
     ]
     return Exported(out, facts, commands)

@@ -138,10 +138,10 @@ def _fused(
     if adapter is None:
         yield place
         return
-    with locks.hold(out) as work:  # its parts go with it, or with the next one after a kill
-        parts = work.folder / locks.PARTS
-        parts.mkdir()
-        folder = parts / "fused"
+    with locks.hold(out) as work:  # its inputs go with it, or with the next one after a kill
+        inputs = work.folder / locks.INPUTS
+        inputs.mkdir()
+        folder = inputs / "fused"
         _fuse(
             place,
             adapter,
@@ -171,7 +171,7 @@ def _fuse(
 
 
 def describe_chat(tokenizer: Any, config: ModelConfig, folder: Path) -> tuple[str, list[str]]:
-    """Return what stands in a ``Modelfile`` after ``FROM``, and what to say of it.
+    """Return the lines of a ``Modelfile`` after ``FROM``, and what to say of it.
 
     Args:
         tokenizer: mlx-lm's wrapper.
@@ -183,15 +183,17 @@ def describe_chat(tokenizer: Any, config: ModelConfig, folder: Path) -> tuple[st
     """
     generation = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     if unwrap(tokenizer).chat_template is None:
-        found, notes = None, ["the model has no chat template: Ollama completes texts"]
+        chat_format, notes = None, ["the model has no chat template: Ollama completes texts"]
         template = "{{ .Prompt }}"
     else:
-        found, notes = find_format(tokenizer)
-        template = found.go()
+        chat_format, notes = find_format(tokenizer)
+        template = chat_format.go()
     context = config.get("max_position_embeddings")
     if context and context > _CONTEXT:
         notes.append(f"num_ctx is {_CONTEXT:,} of the model's {context:,} tokens: memory for all")
-    parameters = [("stop", f'"{stop}"') for stop in _stops(tokenizer, config, generation, found)]
+    parameters = [
+        ("stop", f'"{stop}"') for stop in _stops(tokenizer, config, generation, chat_format)
+    ]
     parameters += [("num_ctx", str(min(context, _CONTEXT)))] if context else []
     parameters += _sampling(generation)
     lines = [f'TEMPLATE """{template}"""']
@@ -200,7 +202,7 @@ def describe_chat(tokenizer: Any, config: ModelConfig, folder: Path) -> tuple[st
 
 
 def _stops(
-    tokenizer: Any, config: ModelConfig, generation: JsonObject, found: ChatFormat | None
+    tokenizer: Any, config: ModelConfig, generation: JsonObject, chat_format: ChatFormat | None
 ) -> list[str]:
     """Return the texts at which an answer ends: end tokens, and what closes a turn."""
     inner = unwrap(tokenizer)
@@ -209,13 +211,13 @@ def _stops(
         ends = source.get("eos_token_id")
         ids += ends if isinstance(ends, list) else [ends]
     tokens = [inner.convert_ids_to_tokens(index) for index in ids if isinstance(index, int)]
-    if found is not None:
-        closing = found.answer[1]
+    if chat_format is not None:
+        closing = chat_format.answer[1]
         special = [token for token in inner.get_added_vocab() if token in closing]
         special = sorted(special, key=closing.index)[:1]
         # Without a token of its own, an answer ends where the user's next turn would begin.
         tokens += special or (
-            [found.user[0].strip()] if not any(map(closing.count, tokens)) else []
+            [chat_format.user[0].strip()] if not any(map(closing.count, tokens)) else []
         )
     return [token for token in dict.fromkeys(tokens) if token and '"' not in token]
 

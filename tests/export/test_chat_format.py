@@ -97,8 +97,8 @@ def test_go_renders_what_jinja_renders(
     tokenizer_of: Callable[..., Any], name: str, bos: bool
 ) -> None:
     tokenizer = tokenizer_of(FAMILIES[name], bos)
-    found, notes = find_format(tokenizer)
-    template = found.go()
+    chat_format, notes = find_format(tokenizer)
+    template = chat_format.go()
     begin = tokenizer._tokenizer.bos_token if bos else ""
     for texts in CHATS:
         for system in (None, "Be brief.\nVery."):
@@ -106,7 +106,7 @@ def test_go_renders_what_jinja_renders(
                 continue
             chat = _chat(texts, system)
             expected = apply_chat_template(tokenizer, chat).removeprefix(begin)
-            assert render_go(template, chat) == expected == found.render(chat)
+            assert render_go(template, chat) == expected == chat_format.render(chat)
     assert any("system message" in note for note in notes) is (name == "no system")
     assert any("space" in note for note in notes) is (name in ("HEADERS", "RENAMED", "no system"))
     assert any("reasoning" in note for note in notes) is ("THOUGHTS" in name or "THINKING" in name)
@@ -118,19 +118,19 @@ def test_go_renders_what_jinja_renders(
 def test_a_system_message_is_put_before_the_first_text_where_the_template_takes_none(
     tokenizer_of: Callable[..., Any],
 ) -> None:
-    found, _ = find_format(tokenizer_of(NO_SYSTEM))
+    chat_format, _ = find_format(tokenizer_of(NO_SYSTEM))
     chat = _chat(("Hi", "Ho", "Hu"), "Sys")
-    plain = render_go(found.go(), chat[1:])
-    assert render_go(found.go(), chat) == plain.replace("\nHi", "\nSys\n\nHi")
+    plain = render_go(chat_format.go(), chat[1:])
+    assert render_go(chat_format.go(), chat) == plain.replace("\nHi", "\nSys\n\nHi")
 
 
 def test_an_answer_that_is_begun_is_continued(tokenizer_of: Callable[..., Any]) -> None:
-    found, _ = find_format(tokenizer_of(chat_templates.MARKED))
+    chat_format, _ = find_format(tokenizer_of(chat_templates.MARKED))
     begun = _chat(("Hi", "Well"), None)
-    assert render_go(found.go(), begun).endswith("<|im_start|>assistant\nWell")
+    assert render_go(chat_format.go(), begun).endswith("<|im_start|>assistant\nWell")
     later = [*begun, {"role": "system", "content": "now"}, {"role": "user", "content": "x"}]
     expected = apply_chat_template(tokenizer_of(chat_templates.MARKED), later)
-    assert render_go(found.go(), later) == expected  # a system message later on, in its place
+    assert render_go(chat_format.go(), later) == expected  # a system message later on, in its place
 
 
 NUMBERED = "{% for m in messages %}{{ loop.index }}. {{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -159,8 +159,8 @@ def test_another_structure_is_refused(tokenizer_of: Callable[..., Any], template
 
 def test_a_date_is_said(tokenizer_of: Callable[..., Any]) -> None:
     dated = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + chat_templates.MARKED
-    found, notes = find_format(tokenizer_of(dated))
-    assert found.begin.startswith("Today: ") and any("today's date" in note for note in notes)
+    chat_format, notes = find_format(tokenizer_of(dated))
+    assert chat_format.begin.startswith("Today: ") and any("today's date" in note for note in notes)
 
 
 def test_strings_of_go() -> None:

@@ -50,9 +50,9 @@ def test_a_folder_for_ollama(wide: Path, tmp_path: Path) -> None:
     done = export_ollama(source, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"mine-q4_k_m.gguf", "Modelfile", "README.md", ".mlx-slim.json"}
-    found = read_modelfile((tmp_path / "out" / "Modelfile").read_text())
-    assert found[0] == ("FROM", "./mine-q4_k_m.gguf")
-    assert set(found[2:]) >= {
+    lines = read_modelfile((tmp_path / "out" / "Modelfile").read_text())
+    assert lines[0] == ("FROM", "./mine-q4_k_m.gguf")
+    assert set(lines[2:]) >= {
         ("stop", "<|im_end|>"),
         ("num_ctx", "512"),
         ("temperature", "0.6"),
@@ -62,7 +62,7 @@ def test_a_folder_for_ollama(wide: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(source)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     chat.append({"role": "user", "content": "2"})
-    assert render_go(dict(found)["TEMPLATE"], chat) == apply_chat_template(tokenizer, chat)
+    assert render_go(dict(lines)["TEMPLATE"], chat) == apply_chat_template(tokenizer, chat)
     formats = _formats(tmp_path / "out" / "mine-q4_k_m.gguf")
     assert formats["output.weight"] == "Q6_K" and formats["blk.0.attn_q.weight"] == "Q4_K"
     assert formats["output_norm.weight"] == "F32"
@@ -142,8 +142,8 @@ def test_an_answer_without_an_end_token_stops_where_the_user_begins(tmp_path: Pa
     source = tiny_model(tmp_path / "m", chat_template=plain)
     (source / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     text, _ = describe_chat(load_tokenizer(source), read_config(source), source)
-    found = read_modelfile(text)
-    assert ("stop", "USER:") in found and ("temperature", "0") in found
+    lines = read_modelfile(text)
+    assert ("stop", "USER:") in lines and ("temperature", "0") in lines
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,11 @@ def log_probabilities(file: Path) -> np.ndarray:
         }
     )
     top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    found = np.full(VOCAB, np.nan)
+    logprobs = np.full(VOCAB, np.nan)
     for entry in top:
-        found[entry["id"]] = entry["logprob"]
-    assert not np.isnan(found).any()
-    return found
+        logprobs[entry["id"]] = entry["logprob"]
+    assert not np.isnan(logprobs).any()
+    return logprobs
 
 
 @pytest.fixture(scope="module")

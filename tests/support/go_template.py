@@ -172,7 +172,7 @@ def render_go(template: str, messages: list[dict[str, Any]]) -> str:
 
 def read_modelfile(text: str) -> list[tuple[str, str]]:
     """Return the instructions: (name, value), of ``PARAMETER`` with its own name."""
-    found, lines = [], iter(text.split("\n"))
+    instructions, lines = [], iter(text.split("\n"))
     for line in lines:
         if not line or line.startswith("#"):
             continue
@@ -187,5 +187,5 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
         elif value.startswith('"'):
             assert len(value) > 1 and value.endswith('"'), line
             value = value[1:-1]
-        found.append((name, value))
-    return found
+        instructions.append((name, value))
+    return instructions

@@ -109,7 +109,7 @@ def pack_q45_k(
     """
     # Six bits of groups 0 to 3; above them the two high bits of groups 4 to 7; their low four last.
     high_s, high_m = s_NJ[:, 4:] >> 4, m_NJ[:, 4:] >> 4
-    parts = [
+    fields = [
         d_N[:, None].view(np.uint8),
         e_N[:, None].view(np.uint8),
         s_NJ[:, :4] | high_s << 6,
@@ -117,10 +117,10 @@ def pack_q45_k(
         s_NJ[:, 4:] & 15 | (m_NJ[:, 4:] & 15) << 4,
     ]
     if levels == _LEVELS["Q5_K"]:
-        parts.append(np.packbits(q_NJL >> 4, axis=1, bitorder="little").reshape(-1, 32))
+        fields.append(np.packbits(q_NJL >> 4, axis=1, bitorder="little").reshape(-1, 32))
     low = q_NJL & 15
-    parts.append((low[:, 0::2] | low[:, 1::2] << 4).reshape(-1, 128))
-    return np.concatenate(parts, axis=1)
+    fields.append((low[:, 0::2] | low[:, 1::2] << 4).reshape(-1, 128))
+    return np.concatenate(fields, axis=1)
 
 
 def pack_q6_k(d_N: np.ndarray, s_NJ: np.ndarray, q_NJL: np.ndarray) -> np.ndarray:

@@ -77,23 +77,23 @@ def block_formats(
     formats: dict[str, str] = {}
     fallen: Counter[tuple[int, str, str]] = Counter()
     for name, shape in tensors.items():
-        wanted = _format(kind, name, shape, shapes)
-        formats[name] = fitting(wanted, shape[-1])
-        if formats[name] != wanted:
-            fallen[shape[-1], wanted, formats[name]] += 1
+        target = _format(kind, name, shape, shapes)
+        formats[name] = fitting(target, shape[-1])
+        if formats[name] != target:
+            fallen[shape[-1], target, formats[name]] += 1
     notes = [
         f"{count} tensor{'s' if count > 1 else ''} of rows of {columns:,}, no multiple of "
-        f"{_LARGE_BLOCK if wanted in K_FORMATS else _BLOCK}: {stored} instead of {wanted}"
-        for (columns, wanted, stored), count in sorted(fallen.items())
+        f"{_LARGE_BLOCK if target in K_FORMATS else _BLOCK}: {stored} instead of {target}"
+        for (columns, target, stored), count in sorted(fallen.items())
     ]
     return formats, notes
 
 
-def fitting(wanted: str, columns: int) -> str:
-    """Return ``wanted``, or what takes its place for rows of ``columns``."""
-    if wanted in K_FORMATS and columns % _LARGE_BLOCK:
-        wanted = _FALLBACK[wanted]
-    return wanted if wanted in ("F32", "F16") or columns % _BLOCK == 0 else "F16"
+def fitting(target: str, columns: int) -> str:
+    """Return ``target``, or what takes its place for rows of ``columns``."""
+    if target in K_FORMATS and columns % _LARGE_BLOCK:
+        target = _FALLBACK[target]
+    return target if target in ("F32", "F16") or columns % _BLOCK == 0 else "F16"
 
 
 def _format(kind: str, name: str, shape: Shape, shapes: Shapes) -> str:

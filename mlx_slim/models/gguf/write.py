@@ -44,7 +44,7 @@ _ROWS_BYTES = 32 << 20  # of rows that are in float32 at one time
 
 
 @dataclass(frozen=True)
-class Written:
+class TensorFormats:
     """How a file was written.
 
     Attributes:
@@ -120,7 +120,7 @@ def language_model(model: nn.Module) -> nn.Module:
 
 def write_gguf(
     path: Path, model: nn.Module, tokenizer: Any, config: ModelConfig, kind: str, name: str
-) -> Written:
+) -> TensorFormats:
     """Write ``model`` to ``path``; not atomic by itself.
 
     Args:
@@ -164,7 +164,7 @@ def write_gguf(
             writer.write_tensor_data(factors)
     finally:
         writer.close()
-    return Written({path_: formats[target] for target, (path_, _) in places.items()}, notes)
+    return TensorFormats({path_: formats[target] for target, (path_, _) in places.items()}, notes)
 
 
 def _shapes(
