@@ -223,7 +223,7 @@ def _turns(users: Sequence[str], answers: Sequence[str]) -> list[ChatMessage]:
 
 
 def _cut(text: str, *contents: str) -> list[str]:
-    """Return what is before, between and after ``contents``, which are in ``text`` in this order."""
+    """Return what is before, between and after ``contents``, which ``text`` holds in this order."""
     pieces = []
     for content in contents:
         if text.count(content) != 1:
