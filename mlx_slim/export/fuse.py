@@ -38,7 +38,13 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
-from mlx_slim.export.fuse_audit import MIN_LOGIT_FRACTION, Effect, effect, weight_retention
+from mlx_slim.export.fuse_audit import (
+    MIN_LOGIT_FRACTION,
+    Effect,
+    FusingLoses,
+    effect,
+    weight_retention,
+)
 from mlx_slim.export.options import FuseOptions, Mode
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import Loaded, cast, read_weights
@@ -63,10 +69,6 @@ from mlx_slim.runtime import (
 
 RECORD = "fuse.json"
 ADAPTER_FOLDER = "adapters"
-
-
-class FusingLoses(SlimError):
-    """A fused model would not answer as base + adapter do."""
 
 
 @dataclass(frozen=True)

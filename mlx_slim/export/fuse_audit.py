@@ -26,6 +26,10 @@ MIN_RETAINED = 0.5
 MIN_LOGIT_FRACTION = 0.99  # of a fold into biases that counts as without loss
 
 
+class FusingLoses(SlimError):
+    """A fused model would not answer as base + adapter do."""
+
+
 @dataclass(frozen=True)
 class Effect:
     """What is left of a tune.

@@ -22,7 +22,8 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Observer
 from mlx_slim.export.chat_format import ChatFormat, find_format
-from mlx_slim.export.fuse import ADAPTER_FOLDER, FusingLoses, fuse
+from mlx_slim.export.fuse import ADAPTER_FOLDER, fuse
+from mlx_slim.export.fuse_audit import FusingLoses
 from mlx_slim.export.model import (
     Exported,
     check_gguf_output,
