@@ -145,12 +145,8 @@ class Fused:
                 )
         if self.lost:
             lines.append(f"warning: the tune is lost: {self.lost}; written because of --force")
-        if self.mode == "keep":
-            lines.append(
-                f"try it     mlx-slim chat {self.path} --adapter {self.path / ADAPTER_FOLDER}"
-            )
-        else:
-            lines.append(f"try it     mlx-slim chat {self.path}")
+        adapter = f" --adapter {self.path / ADAPTER_FOLDER}" if self.mode == "keep" else ""
+        lines.append(f"try it     mlx-slim chat {self.path}{adapter}")
         return lines
 
 
