@@ -176,9 +176,8 @@ class Loop:
             DivergedError: If loss or gradient is not finite; nothing was updated with it.
         """
         at = self.state
-        self.observer.notify(
-            events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
-        )
+        started = events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
+        self.observer.notify(started)
         reason = "complete"
         verdict = combine(monitor.begin(at.step) for monitor in self._monitors)
         # Either: a resume from the checkpoint that the run was stopped with.
