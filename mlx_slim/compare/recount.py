@@ -43,7 +43,7 @@ from mlx_slim.evaluation.results import (
     samples_name,
     whole_chunks,
 )
-from mlx_slim.evaluation.score import NOT_TOLD, section, timing
+from mlx_slim.evaluation.score import section, timing, told
 from mlx_slim.evaluation.scoring.perplexity import read_texts, summarize_text
 from mlx_slim.evaluation.tasks.metrics import record_choice, record_generation, summarize
 from mlx_slim.evaluation.tasks.prompts import Question
@@ -213,8 +213,7 @@ def _evaluation(ledger: Ledger, out: Path, name: str, where: str, summary: Summa
     published = {key: value for key, value in sections[name].items() if key != "trained_on"}
     ledger.compare(where, published, again)
     reported = {key: value for key, value in results.items() if key not in ("tasks", TEXT)}
-    expected = {key: value for key, value in state.items() if key not in NOT_TOLD}
-    ledger.compare(f"{where} settings", reported, expected)
+    ledger.compare(f"{where} settings", reported, told(state))
     timings = read_object(out / "timings.json")["tasks"]
     ledger.compare(f"{where} timings", timings, {name: asdict(timing(entries))})
 

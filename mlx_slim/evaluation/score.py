@@ -29,7 +29,7 @@ from mlx_slim.quantization.base import load_base
 from mlx_slim.reading import JsonObject
 from mlx_slim.run_dir import RunDir
 
-NOT_TOLD = ("tasks", "code", "cache_bytes")  # of the state, in results.json
+_NOT_TOLD = {"tasks", "code", "cache_bytes"}  # of the state, in results.json
 
 
 @dataclass
@@ -352,6 +352,12 @@ def _section(job: ScoringJob, folder: Folder) -> JsonObject:
     return section(job.describe(), summary, folder.entries[job.name], samples)
 
 
+def told(state: JsonObject) -> JsonObject:
+    """Return what ``results.json`` says of the settings; a cache that is not quantized: nothing."""
+    left_out = _NOT_TOLD | ({"kv_bits"} if state.get("kv_bits") is None else set())
+    return {key: value for key, value in state.items() if key not in left_out}
+
+
 def section(
     description: JsonObject, summary: Summary, entries: Sequence[Entry], samples: Path
 ) -> JsonObject:
@@ -377,15 +383,11 @@ def section(
 
 def _results(target: Target, folder: Folder) -> JsonObject:
     """Return ``results.json``: only ``seconds`` differs between runs."""
-    state = asdict(target.state)
-    settings = {key: value for key, value in state.items() if key not in NOT_TOLD}
-    if settings["kv_bits"] is None:
-        del settings["kv_bits"]  # the file is as it was before there was a choice
     sections = {job.name: _section(job, folder) for job in target.jobs}
     for name, seen in target.trained_on.items():
         sections[name]["trained_on"] = asdict(seen)
     texts = {name: sections.pop(name) for name in list(sections) if name == TEXT}
-    return {**settings, "tasks": sections, **texts}
+    return {**told(asdict(target.state)), "tasks": sections, **texts}
 
 
 def _timings(target: Target, folder: Folder) -> JsonObject:

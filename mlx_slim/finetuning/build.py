@@ -22,7 +22,7 @@ from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig, TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
-from mlx_slim.data.shared import LEAST_GAIN, shared_fraction
+from mlx_slim.data.shared import shared_fraction
 from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
@@ -51,6 +51,8 @@ from mlx_slim.training.neftune import NoisyEmbeddings
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
 from mlx_slim.training.step import CrossEntropy, Objective
+
+_WORTH_SHARING = 0.1  # of the time, below which rows that begin alike stay side by side
 
 Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
 
@@ -244,10 +246,14 @@ def _can_have_prefix_sharing(
     longest: int,
     mode: str,
     compiled: bool,
+    dropout: float,
     observer: events.Observer,
 ) -> bool:
-    """Return whether micro-batches can share what rows begin with; say why they cannot."""
-    if config.prefix_sharing is False:
+    """Return whether micro-batches can share what rows begin with; say why they cannot.
+
+    ``dropout`` of the adapters would draw one mask for what is shared: only where it is demanded.
+    """
+    if config.prefix_sharing is False or (config.prefix_sharing == "auto" and dropout > 0):
         return False
     if compiled or mode == "packed":
         if config.prefix_sharing is True:
@@ -319,14 +325,15 @@ def build_loop(
     validation_mode: Mode = "grouped"
     if compiled and data.validation and mode != "grouped":
         validation_mode = cheaper(data.validation, validation_limit)
-    sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, observer)
+    dropout = 0.0 if recipe.method == "full" else recipe.adapter.dropout
+    sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, dropout, observer)
     shared = 1.0
     if sharing:
         rows = Batcher(data.train, config.batch_tokens, length, "grouped", config.seed)
         shared = shared_fraction(rows)
-        sharing = config.prefix_sharing is True or shared < 1 - LEAST_GAIN
+        sharing = config.prefix_sharing is True or shared < 1 - _WORTH_SHARING
     if mode == "auto":
-        mode = cheaper(data.train, limit, shared)
+        mode = cheaper(data.train, limit, shared if sharing else 1.0)
     if sharing and mode == "grouped":
         text = f"rows share what they begin with: {1 - shared:.0%} fewer positions are computed"
         observer.notify(events.Notice(text))

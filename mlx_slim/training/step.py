@@ -263,20 +263,21 @@ class Stepper:
                 self._value_and_grad, inputs=[*state, *captured], outputs=state
             )
 
-    def cut(self, batch: Batch) -> list[Batch]:
-        """Return what is computed of a micro-batch at a time: shards, or lists of shared rows."""
-        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
-        return cheapest(batch, shards, self._num_threads) if self._prefix_sharing else shards
-
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        return self._micro(self.cut(batch))
+        return self._micro(batch)[:2]
 
-    def _micro(self, shards: list[Batch]) -> tuple[mx.array, dict[str, mx.array]]:
-        if len(shards) == 1:
-            return self._part(shards[0], None)
+    def _micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array], int]:
+        """Return besides how many positions were computed."""
+        # What is computed at a time: shards, or lists of shared rows.
+        parts = batch.shards(part_count(self._num_threads, batch.computed_tokens))
+        if self._prefix_sharing:
+            parts = cheapest(batch, parts, self._num_threads)
+        computed = sum(part.computed_tokens for part in parts)
+        if len(parts) == 1:
+            return (*self._part(parts[0], None), computed)
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        work = [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
+        work = [(part, int(to_float(mx.random.randint(0, 2**31 - 1)))) for part in parts]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
@@ -286,7 +287,7 @@ class Stepper:
             sums = sums + part_sums
             gradients = {path: value + part_gradients[path] for path, value in gradients.items()}
         mx.eval(sums, gradients)
-        return sums, gradients
+        return sums, gradients, computed
 
     def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
@@ -308,8 +309,7 @@ class Stepper:
         supervised = tokens = computed = 0
         weight = 0.0
         for batch in batches:
-            shards = self.cut(batch)
-            micro_sums, values = self._micro(shards)
+            micro_sums, values, positions = self._micro(batch)
             sums = sums + micro_sums
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
@@ -318,7 +318,7 @@ class Stepper:
             supervised += batch.supervised_tokens
             weight += batch.total_weight
             tokens += batch.real_tokens
-            computed += sum(shard.computed_tokens for shard in shards)
+            computed += positions
         group = world()
         if group.size() > 1:
             for path, value in trainable(self.model).items():

@@ -215,7 +215,7 @@ moment, number = sys.argv[1], int(sys.argv[2])
 hear, write = Console.notify, locks.temporary_file
 def notify(self, event):
     hear(self, event)
-    if event.name != "progress":  # the model is read before there is a run
+    if event.name not in ("progress", "notice"):  # these come before there is a run
         os.kill(os.getpid(), number)
 def temporary_file(path):
     os.kill(os.getpid(), number)

@@ -63,7 +63,7 @@ def test_losses_are_those_of_rows_one_by_one(tiny: TinyModels, tmp_path: Path, m
 
 def test_stopped_and_resumed_it_repeats_every_bit(tiny: TinyModels, tmp_path: Path) -> None:
     rows = rows_with_a_system_message(tmp_path / "rows.jsonl")
-    same = {"steps": 6, "batch_tokens": 512, "batching": "grouped"}  # dropout 0.1
+    same = {"steps": 6, "batch_tokens": 512, "batching": "grouped", "prefix_sharing": True}
     finetune(recipe(tiny("llama"), rows, **same), tmp_path / "straight", observer=Recorder())
     out = tmp_path / "stopped"
     with pytest.raises(Interrupted):
@@ -79,7 +79,7 @@ def test_where_it_cannot_share_it_says_so_once_and_trains(tiny: TinyModels, tmp_
     packed = run(tiny, rows, tmp_path / "b", steps=1, batching="packed", prefix_sharing=True)
     assert notices(packed).count("no effect in packed sequences") == 1
     values = recipe(tiny("gemma3_text"), rows).recipe.model_dump(exclude_unset=True)
-    values["train"]["steps"] = 1
+    values["train"] |= {"steps": 1, "prefix_sharing": True}
     recorder = Recorder()
     finetune(from_values(values, "small", "test"), tmp_path / "c", observer=recorder)
     assert notices(recorder).count("computed one by one") == 1
