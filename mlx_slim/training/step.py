@@ -270,14 +270,14 @@ class Stepper:
     def _micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array], int]:
         """Return besides how many positions were computed."""
         # What is computed at a time: shards, or lists of shared rows.
-        parts = batch.shards(part_count(self._num_threads, batch.computed_tokens))
+        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
         if self._prefix_sharing:
-            parts = cheapest(batch, parts, self._num_threads)
-        computed = sum(part.computed_tokens for part in parts)
-        if len(parts) == 1:
-            return (*self._part(parts[0], None), computed)
+            shards = cheapest(batch, shards, self._num_threads)
+        computed = sum(shard.computed_tokens for shard in shards)
+        if len(shards) == 1:
+            return (*self._part(shards[0], None), computed)
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        work = [(part, int(to_float(mx.random.randint(0, 2**31 - 1)))) for part in parts]
+        work = [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
