@@ -45,7 +45,7 @@ def command(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    r"""Search the hyperparameters of RECIPE for the lowest validation loss.
+    """Search the hyperparameters of RECIPE for the lowest validation loss.
 
     FILE names keys of the recipe, each a list of choices or a range:
 
@@ -54,7 +54,7 @@ def command(
     train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
 
     Without RECIPE, the shipped spaces are listed.
-    """
+    """  # noqa: D301 - click reads the backspace
     if only is not None:
         _one(out, only, quiet)
         return
