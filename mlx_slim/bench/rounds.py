@@ -63,6 +63,17 @@ def process_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def step_rates(timed: list[tuple[int, float]]) -> JsonObject:
+    """Return tokens, seconds and tokens/s over the (tokens, seconds) of timed steps."""
+    tokens, seconds = sum(t for t, _ in timed), sum(s for _, s in timed)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "tokens": tokens,
+        "seconds": seconds,
+        "steps": len(timed),
+    }
+
+
 def record(work: JsonObject, other: str, rounds: list[JsonObject]) -> JsonObject:
     """Return the record that DESIGN.md calls ``bench … --json``.
 

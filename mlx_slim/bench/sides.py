@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
-from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak
+from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak, step_rates
 from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
@@ -54,12 +54,8 @@ class TrainWork:
 
 def _summary(timed: list[tuple[int, float]], setup: JsonObject) -> JsonObject:
     """Return tokens/s over the (tokens, seconds) of the timed steps, and the peak."""
-    tokens, seconds = sum(t for t, _ in timed), sum(s for _, s in timed)
     return {
-        "tokens_per_second": tokens / seconds,
-        "tokens": tokens,
-        "seconds": seconds,
-        "steps": len(timed),
+        **step_rates(timed),
         "peak_memory_bytes": mx.get_peak_memory(),
         "process_peak_bytes": process_peak_bytes(),
         **setup,

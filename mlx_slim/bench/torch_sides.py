@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mlx_slim.bench.eval_sides import EvalWork, read_questions
-from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak
+from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak, step_rates
 from mlx_slim.bench.sides import RANK, SCALE, WARMUP_STEPS, TrainWork
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject
@@ -150,13 +150,8 @@ def peft(work: TrainWork) -> JsonObject:
         output.loss.item()  # a GPU is done by then
         timed.append((tokens, time.perf_counter() - begin))
         computed += ids_BT.numel()
-    timed = timed[WARMUP_STEPS:]
-    tokens, seconds = sum(t for t, _ in timed), sum(s for _, s in timed)
     return {
-        "tokens_per_second": tokens / seconds,
-        "tokens": tokens,
-        "seconds": seconds,
-        "steps": len(timed),
+        **step_rates(timed[WARMUP_STEPS:]),
         "computed_tokens": computed,
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "process_peak_bytes": process_peak_bytes(),

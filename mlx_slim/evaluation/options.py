@@ -22,6 +22,15 @@ KVBits = Literal[8, 4]
 DraftWidth = Annotated[int, Field(ge=1, le=16)]
 
 
+# What every command that answers says of them, and tokens that a draft proposes by default.
+KV_BITS = option("Keep keys and values in B bits [the model's].", metavar="B")
+DRAFT_MODEL = option("A smaller model of the same tokenizer that drafts.", metavar="MODEL")
+DRAFT_WIDTH = 3
+DRAFT_TOKENS = option("Tokens that the draft proposes at a time.", metavar="N")
+ANSWERING_REVISION = option("Branch, tag or commit of a hub model.", metavar="REV")
+ANSWERING_CODE = option("Run the repository's Python files.")
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """How to score; the only home of these defaults.
@@ -128,23 +137,11 @@ class GenerateOptions:
     max_tokens: PositiveInt = field(default=256, metadata=option("Tokens of the longest answer."))
     temp: Temperature = field(default=0.0, metadata=option("Sampling temperature; 0: greedy."))
     seed: Seed = field(default=0, metadata=option("Seed of the sampling."))
-    kv_bits: KVBits | None = field(
-        default=None,
-        metadata=option("Keep keys and values in B bits [the model's].", metavar="B"),
-    )
-    draft_model: str | None = field(
-        default=None,
-        metadata=option("A smaller model of the same tokenizer that drafts.", metavar="MODEL"),
-    )
-    num_draft_tokens: DraftWidth = field(
-        default=3, metadata=option("Tokens that the draft proposes at a time.", metavar="N")
-    )
-    revision: str | None = field(
-        default=None, metadata=option("Branch, tag or commit of a hub model.", metavar="REV")
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata=option("Run the repository's Python files.")
-    )
+    kv_bits: KVBits | None = field(default=None, metadata=KV_BITS)
+    draft_model: str | None = field(default=None, metadata=DRAFT_MODEL)
+    num_draft_tokens: DraftWidth = field(default=DRAFT_WIDTH, metadata=DRAFT_TOKENS)
+    revision: str | None = field(default=None, metadata=ANSWERING_REVISION)
+    trust_remote_code: bool = field(default=False, metadata=ANSWERING_CODE)
 
 
 @dataclass(frozen=True)

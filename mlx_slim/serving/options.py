@@ -13,7 +13,17 @@ from pydantic import Field
 
 from mlx_slim.config.options import option
 from mlx_slim.config.section import PositiveInt
-from mlx_slim.evaluation.options import DraftWidth, KVBits, Temperature
+from mlx_slim.evaluation.options import (
+    ANSWERING_CODE,
+    ANSWERING_REVISION,
+    DRAFT_MODEL,
+    DRAFT_TOKENS,
+    DRAFT_WIDTH,
+    KV_BITS,
+    DraftWidth,
+    KVBits,
+    Temperature,
+)
 
 
 @dataclass(frozen=True)
@@ -53,20 +63,8 @@ class ServeOptions:
     temp: Temperature = field(
         default=0.0, metadata=option("Temperature of a request that does not say; 0: greedy.")
     )
-    kv_bits: KVBits | None = field(
-        default=None,
-        metadata=option("Keep keys and values in B bits [the model's].", metavar="B"),
-    )
-    draft_model: str | None = field(
-        default=None,
-        metadata=option("A smaller model of the same tokenizer that drafts.", metavar="MODEL"),
-    )
-    num_draft_tokens: DraftWidth = field(
-        default=3, metadata=option("Tokens that the draft proposes at a time.", metavar="N")
-    )
-    revision: str | None = field(
-        default=None, metadata=option("Branch, tag or commit of a hub model.", metavar="REV")
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata=option("Run the repository's Python files.")
-    )
+    kv_bits: KVBits | None = field(default=None, metadata=KV_BITS)
+    draft_model: str | None = field(default=None, metadata=DRAFT_MODEL)
+    num_draft_tokens: DraftWidth = field(default=DRAFT_WIDTH, metadata=DRAFT_TOKENS)
+    revision: str | None = field(default=None, metadata=ANSWERING_REVISION)
+    trust_remote_code: bool = field(default=False, metadata=ANSWERING_CODE)

@@ -19,13 +19,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from mlx_slim.export.model import export_gguf
 from mlx_slim.models.gguf.kquants import quantize_k
 from mlx_slim.models.gguf.load import import_gguf
-from tests.parity.optional import needed
+from tests.parity.llama_side import IDS, log_probabilities, xllamacpp
 from tests.support.tiny import VOCAB, tiny_model
 
-xllamacpp = needed("xllamacpp")
-
-IDS = [1, 5, 9, 70, 200, 31, 8, 8, 2, 100, 44, 3]
-LETTER = 40  # sampled, whatever the logits are
 # llama.cpp rounds activations to 8 bits where weights are quantized: largest difference of
 # log-probabilities that a random model's may have.
 CLOSE = {"f16": 0.01, "f32": 0.001}
@@ -67,29 +63,6 @@ def test_error_is_that_of_llama_cpp(kind: str, shape: str) -> None:
     assert error(quantize_k(weight, kind)) <= 1.05 * error(quantized_there(weight, kind))
 
 
-def log_probabilities(file: Path) -> np.ndarray:
-    """Return llama.cpp's log-probabilities (V,) of the token after ``IDS``."""
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(file), 256, 1
-    params.warmup, params.verbosity = False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    answer: Any = xllamacpp.Server(params).handle_completions(
-        {
-            "prompt": IDS,
-            "n_predict": 1,
-            "n_probs": VOCAB,
-            "logit_bias": [[LETTER, 1000.0]],
-            "cache_prompt": False,
-        }
-    )
-    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    logprobs = np.full(VOCAB, np.nan)
-    for entry in top:
-        logprobs[entry["id"]] = entry["logprob"]
-    assert not np.isnan(logprobs).any()
-    return logprobs
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose rows are multiples of 256; its tokenizer merges, as llama.cpp wants it."""
@@ -115,6 +88,6 @@ def test_llama_cpp_runs_every_type(source: Path, tmp_path: Path, kind: str) -> N
     model: Any = import_gguf(file).model
     logits_V = np.array(model(mx.array([IDS]))[0, -1], np.float64)
     ours = logits_V - logits_V.max() - np.log(np.exp(logits_V - logits_V.max()).sum())
-    theirs = log_probabilities(file)
+    theirs = log_probabilities(file, IDS)
     assert np.abs(ours - theirs).max() < CLOSE.get(kind, NEAR)
     assert np.std(ours) > 5 * NEAR  # the figures differ by more than the bound

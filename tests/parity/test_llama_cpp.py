@@ -18,46 +18,12 @@ from mlx_slim.adapters.store import load_adapter
 from mlx_slim.export.gguf_adapter import export_gguf_adapter
 from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.load import load
-from tests.parity.optional import needed
+from tests.parity.llama_side import IDS, log_probabilities
 from tests.support.adapters import write_adapter
 from tests.support.gguf_files import FAMILIES, family_model, write_family
-from tests.support.tiny import VOCAB
 
-xllamacpp = needed("xllamacpp")
-
-IDS = [1, 5, 9, 70, 200, 31, 8, 8, 2, 100, 44, 3]
-LETTER = (
-    40  # sampled, whatever the logits are: half a character would be withheld, and they with it
-)
 CLOSE, CLOSE_GELU, MOVED = 1e-3, 0.05, 0.5
 WINDOW = 4  # of the tiny Gemma 2, beyond which mlx-lm's class differs (its rows are limited)
-
-
-def theirs(model: Path, adapter: Path | None, length: int) -> np.ndarray:
-    """Return llama.cpp's log-probabilities (V,) of the token after ``length`` of ``IDS``."""
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(model), 256, 1
-    params.warmup, params.verbosity = False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    answer: Any = xllamacpp.Server(params).handle_completions(
-        {
-            "prompt": IDS[:length],
-            "n_predict": 1,
-            "n_probs": VOCAB,
-            "logit_bias": [[LETTER, 1000.0]],
-            "cache_prompt": False,
-        }
-    )
-    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    logprobs = np.full(VOCAB, np.nan)
-    for entry in top:
-        logprobs[entry["id"]] = entry["logprob"]
-    assert not np.isnan(logprobs).any()
-    return logprobs
 
 
 def ours(model: Any, length: int) -> np.ndarray:
@@ -91,7 +57,9 @@ def test_base_and_adapter_answer_as_in_llama_cpp(tmp_path: Path, family: str) ->
     load_adapter(tuned, adapter)
     close = CLOSE_GELU if family.startswith("gemma") else CLOSE
     for length in (2, WINDOW if family == "gemma2" else len(IDS)):
-        assert gap(ours(base, length), theirs(tmp_path / "base.gguf", None, length)) < close
+        assert (
+            gap(ours(base, length), log_probabilities(tmp_path / "base.gguf", IDS[:length])) < close
+        )
         expected = ours(tuned, length)
-        assert gap(expected, theirs(tmp_path / "base.gguf", file, length)) < close
+        assert gap(expected, log_probabilities(tmp_path / "base.gguf", IDS[:length], file)) < close
         assert gap(expected, ours(base, length)) > MOVED
