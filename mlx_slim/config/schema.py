@@ -1,7 +1,7 @@
 """The recipe: every key, its one default and its range.
 
-Invariant: a default or a bound stands here (for ``adapter`` and ``distill``, in the file of that
-name) and nowhere else; unknown keys are errors. The sections mirror the YAML (``adapter``,
+Invariant: a default or a bound stands here (for ``adapter``, ``train`` and ``distill``, in the file
+of that name) and nowhere else; unknown keys are errors. The sections mirror the YAML (``adapter``,
 ``quantize``, ``data``, ``train``, ``distill``, ``memory``), and each is the only configuration
 object of the component that reads it. Try it:
 ``mlx-slim train smollm2-lora train.steps=3 --dry-run -o /tmp/run``.
@@ -17,21 +17,17 @@ from mlx_slim.config.adapter import AdapterConfig
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.section import (
     LARGEST,
-    MOST,
     Bytes,
     Count,
-    Factor,
-    Fraction,
     PositiveInt,
-    Rate,
     Section,
     Seed,
     Steps,
 )
+from mlx_slim.config.train import TrainConfig
 
 Method = Literal["full", "lora", "qlora", "dora"]
 
-DEFAULT_FALLBACK_RATE = 3.0e-4  # of AdamW beside Muon (github.com/KellerJordan/Muon)
 TASK = "task:"  # how a source names an evaluation task
 
 
@@ -152,129 +148,6 @@ class DataConfig(Section):
         """``path`` as a list of sources, each with its format filled in."""
         sources = [SourceConfig(path=self.path)] if isinstance(self.path, str) else self.path
         return [s if s.format else s.model_copy(update={"format": self.format}) for s in sources]
-
-
-class TrainConfig(Section):
-    """The loop.
-
-    Attributes:
-        epochs: Passes over the rows (a fraction is allowed); ``steps`` wins when given.
-        steps: Optimizer steps.
-        batch_tokens: Computed tokens of one micro-batch (padding counted), the memory knob.
-        max_length: Longest row, tokens.
-        batching: ``grouped`` (rows of like length, padded right), ``packed`` (rows share a
-            sequence, isolated), or ``auto``: whichever costs less.
-        prefix_sharing: Compute what rows of a micro-batch begin with once (a template, a system
-            message, examples): ``auto`` where that takes a tenth less time and the adapters have
-            no dropout, ``true`` also where the gain is small. The loss is the same; dropout draws
-            one mask for the shared part. Off in a compiled step (``compile``) and for models whose
-            attention cannot share.
-        accumulate: Micro-batches per optimizer step and rank.
-        learning_rate: Peak rate.
-        layer_decay: Ratio of the learning rates of a block and the one above it; the last block
-            and the head have the full rate, the embedding the least (``training/layer_rates.py``).
-        fallback_learning_rate: With ``muon``, the peak rate of AdamW for what Muon does not take
-            (embeddings, head, norms, biases); None is 3e-4, as in Muon's reference code.
-        schedule: ``constant``, ``linear``, ``cosine`` or ``wsd`` (warm-up, stable, decay).
-        warmup: Warm-up steps, or their share when below 1.
-        decay: Share of the steps that ``wsd`` decays in.
-        min_lr_ratio: Final rate / peak rate.
-        optimizer: From mlx; Adam and AdamW are bias-corrected.
-        weight_decay: Decoupled where the optimizer has it. Matrices decay, embeddings too; norms,
-            biases and other vectors (DoRA's magnitudes, AdaLoRA's λ) do not.
-        decay_all: Whether those decay as well.
-        clip: Largest gradient L2 norm; 0 turns clipping off.
-        grad_checkpoint: Recompute each block in the backward pass.
-        compile: Fuse the step with ``mx.compile``; ``auto`` does on a GPU. Micro-batches are then
-            padded to at most 24 shapes and hold other rows, so an epoch may have a few steps more
-            or less than without.
-        dtype: ``auto`` is bfloat16 on a GPU, float32 on a CPU.
-        seed: Of everything random.
-        log_every: Steps between reports of a step.
-        validate_every: Steps between validations (one more at the end).
-        validate_task: Evaluation task, some questions of which are answered at each validation:
-            early stopping and the step that is kept follow its first metric, not the loss. Its test
-            questions, and those that are trained on, are left out.
-        validate_split: Split of that task, or file with rows of it; None takes ``validation``,
-            ``dev`` or ``train``, whichever is not scored and there.
-        validate_limit: Questions of that task, at most.
-        save_every: Steps between checkpoints (one more at the end).
-        keep: Newest checkpoints kept; the best one is kept besides.
-        early_stopping: Stop after this many validations without a new best; None never.
-        neftune_alpha: Noise on the input embeddings in training, uniform in ±alpha/√(L·d) for a row
-            of L tokens and the width d (NEFTune, arXiv 2310.05914, which uses 5 to 15); 0 none.
-        loss_chunk: Supervised positions whose logits exist at one time; None chooses.
-        duty: Fraction of the time that the run computes; below 1 it pauses after each step, for
-            other programs and for a cooler machine. Results are the same; tokens/s count computing.
-        keep_awake: Prevent the machine's sleep while the run lasts (caffeinate, systemd-inhibit).
-    """
-
-    epochs: Factor = 3
-    steps: PositiveInt | None = None
-    batch_tokens: Annotated[int, Field(ge=8, le=MOST)] = 4096
-    max_length: Annotated[int, Field(ge=8, le=MOST)] = 512
-    batching: Literal["auto", "grouped", "packed"] = "auto"
-    prefix_sharing: Literal["auto"] | bool = "auto"
-    accumulate: PositiveInt = 1
-    learning_rate: Rate = 2.0e-4
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    fallback_learning_rate: Rate | None = None
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup: Steps = 0.03
-    decay: Fraction = 0.2
-    min_lr_ratio: Fraction = 0.0
-    optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
-    decay_all: bool = False
-    clip: Annotated[float, Field(ge=0, le=MOST)] = 1.0
-    grad_checkpoint: bool = False
-    compile: Literal["auto"] | bool = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: Seed = 0
-    log_every: PositiveInt = 1
-    validate_every: PositiveInt = 200
-    validate_task: str | None = None
-    validate_split: str | None = None
-    validate_limit: PositiveInt = 100
-    save_every: PositiveInt = 200
-    keep: PositiveInt = 3
-    early_stopping: PositiveInt | None = None
-    neftune_alpha: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
-    loss_chunk: PositiveInt | None = None
-    duty: Annotated[float, Field(ge=0.05, le=1)] = 1.0
-    keep_awake: bool = True
-
-    @model_validator(mode="after")
-    def _what_is_set_has_an_effect(self) -> TrainConfig:
-        if self.optimizer == "adam" and self.weight_decay > 0:
-            raise ValueError(
-                f"optimizer=adam ignores weight_decay={self.weight_decay}: use adamw, or 0"
-            )
-        if self.validate_split is not None and self.validate_task is None:
-            raise ValueError(
-                f"validate_split={self.validate_split} is of validate_task, which is not set: name "
-                "the task"
-            )
-        if self.fallback_learning_rate is not None and self.optimizer != "muon":
-            raise ValueError(
-                f"fallback_learning_rate={self.fallback_learning_rate} is for optimizer=muon, not "
-                f"{self.optimizer}: drop it"
-            )
-        return self
-
-    @property
-    def resolved_fallback_rate(self) -> float:
-        """The peak rate of what Muon does not take."""
-        return self.fallback_learning_rate or DEFAULT_FALLBACK_RATE
-
-    @model_validator(mode="after")
-    def _a_row_fits_a_batch(self) -> TrainConfig:
-        if self.batch_tokens < self.max_length:
-            raise ValueError(
-                f"batch_tokens={self.batch_tokens} is below max_length={self.max_length}: "
-                "a full row must fit a batch"
-            )
-        return self
 
 
 class MemoryConfig(Section):

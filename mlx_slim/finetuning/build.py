@@ -18,7 +18,8 @@ from mlx_slim.adapters.inject import Injected, inject
 from mlx_slim.adapters.stack import adapter_folder, combined, parse_adapters, used_folders
 from mlx_slim.adapters.start import read_start, start_from
 from mlx_slim.adapters.variants import learning_rate_scale
-from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig, TrainConfig
+from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES

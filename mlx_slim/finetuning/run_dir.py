@@ -25,7 +25,8 @@ from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.load import COMMAND_LINE, Resolved
-from mlx_slim.config.schema import Recipe, TrainConfig
+from mlx_slim.config.schema import Recipe
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals
 from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError

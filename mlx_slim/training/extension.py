@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlx_slim import events
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.training import rotation
 from mlx_slim.training.callbacks import Monitor
 from mlx_slim.training.optim import Extended, Schedule, schedule, warmup_steps

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim import events
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.errors import DivergedError
 from mlx_slim.progress import stage

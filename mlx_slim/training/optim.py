@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as mlx_optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.errors import SlimError
 
 Schedule = Callable[[int], float]

@@ -69,7 +69,8 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
 def test_the_reference_pages_hold_what_the_code_has(generate: ModuleType) -> None:
     from mlx_slim.cli.main import COMMANDS
     from mlx_slim.config import library
-    from mlx_slim.config.schema import Recipe, TrainConfig
+    from mlx_slim.config.schema import Recipe
+    from mlx_slim.config.train import TrainConfig
 
     commands = generate.commands_page()
     assert all(f"## mlx-slim {name}\n" in commands for name in COMMANDS)

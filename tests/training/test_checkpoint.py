@@ -13,7 +13,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_slim.artifacts import load_tensors, save_tensors
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.training.checkpoint import load, load_callbacks, save
 from mlx_slim.training.optim import Optimizer, trainable

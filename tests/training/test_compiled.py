@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_slim import events
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, collate, padded
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES, Shape
 from mlx_slim.distillation.losses import DistillationLoss

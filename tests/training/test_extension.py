@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_slim.config.schema import TrainConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.training.extension import newest, reopen
 from mlx_slim.training.optim import Extended, schedule
 from mlx_slim.training.state import TrainState

@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_slim.adapters.inject import inject
-from mlx_slim.config.schema import AdapterConfig, TrainConfig
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.errors import Interrupted
 from mlx_slim.events import Notice
 from mlx_slim.finetuning.run import finetune

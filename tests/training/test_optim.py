@@ -14,7 +14,8 @@ import pytest
 
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.artifacts import load_tensors
-from mlx_slim.config.schema import AdapterConfig, TrainConfig
+from mlx_slim.config.schema import AdapterConfig
+from mlx_slim.config.train import TrainConfig
 from mlx_slim.runtime import to_float
 from mlx_slim.training.optim import Optimizer, schedule, trainable, warmup_steps
 
