@@ -39,6 +39,7 @@ class BenchTrainOptions:
         system_tokens: Tokens of a system message before every row: what rows have in common.
         dtype: Of the computation; ``auto`` is bfloat16 on a GPU, float32 on a CPU.
         rounds: Times each side runs, alternating.
+        profile: Instead, take our step apart: seconds and operations of each component.
     """
 
     data: str = field(
@@ -64,6 +65,12 @@ class BenchTrainOptions:
     )
     dtype: Dtype = field(default="auto", metadata=_DTYPE)
     rounds: PositiveInt = field(default=2, metadata=_ROUNDS)
+    profile: bool = field(
+        default=False,
+        metadata=option(
+            "Compare with nobody: print seconds and operations of each component of a step."
+        ),
+    )
 
 
 @dataclass(frozen=True)

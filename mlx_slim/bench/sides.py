@@ -14,9 +14,10 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx_slim  # noqa: F401  # before mlx.core: both sides get the same BLAS
 from mlx_slim.bench.rounds import process_peak_bytes, reset_process_peak, step_rates
@@ -24,6 +25,10 @@ from mlx_slim.reading import JsonObject
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten  # isort: skip
+
+if TYPE_CHECKING:
+    from mlx_slim.events import StepDone
+    from mlx_slim.training.loop import Loop
 
 WARMUP_STEPS = 1
 RANK, SCALE = 8, 2.0
@@ -62,8 +67,9 @@ def _summary(timed: list[tuple[int, float]], setup: JsonObject) -> JsonObject:
     }
 
 
-def ours(work: TrainWork) -> JsonObject:
-    """Train with our loop: an epoch, or (``work.compile`` is set) two, the second timed."""
+@contextlib.contextmanager
+def training(work: TrainWork) -> Iterator[tuple[Loop, list[StepDone]]]:
+    """Yield our loop of ``work``, ready to run, and the list that its steps will be in."""
     from mlx_slim import events
     from mlx_slim.config.load import from_values
     from mlx_slim.finetuning.build import build_loop, prepare_data, prepare_model
@@ -84,25 +90,29 @@ def ours(work: TrainWork) -> JsonObject:
         },
     }
     recipe = from_values(values, "bench", "bench").recipe
-    timed: list[tuple[int, float]] = []
-    computed = 0
+    steps: list[StepDone] = []
 
-    class Timer:
+    class Steps:
         def notify(self, event: events.Event) -> None:
-            nonlocal computed
             if isinstance(event, events.StepDone):
-                timed.append((event.tokens, event.tokens / event.tokens_per_second))
-                computed += event.computed_tokens
+                steps.append(event)
 
     with tempfile.TemporaryDirectory() as folder, memory_limits():
         tuned = prepare_model(recipe)
         data = prepare_data(recipe, tuned, Path(folder), unchanged=False)
-        loop = build_loop(recipe, tuned, data, Path(folder), Timer(), budget=0)
-        trainable: dict[str, mx.array] = dict(tree_flatten(tuned.model.trainable_parameters()))
+        yield build_loop(recipe, tuned, data, Path(folder), Steps(), budget=0), steps
+
+
+def ours(work: TrainWork) -> JsonObject:
+    """Train with our loop: an epoch, or (``work.compile`` is set) two, the second timed."""
+    with training(work) as (loop, steps):
+        trainable: dict[str, mx.array] = dict(tree_flatten(loop.model.trainable_parameters()))
         trained = sum(parameter.size for parameter in trainable.values())
         mx.reset_peak_memory()
         reset_process_peak()
         loop.run()
+    timed = [(step.tokens, step.tokens / step.tokens_per_second) for step in steps]
+    computed = sum(step.computed_tokens for step in steps)
     setup: JsonObject = {
         "computed_tokens": computed,
         "batching": loop.batcher.mode,

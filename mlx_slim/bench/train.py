@@ -85,7 +85,8 @@ def bench_train(
         progress: Called with a line before each run.
 
     Returns:
-        The record that DESIGN.md calls ``bench … --json``.
+        The record that DESIGN.md calls ``bench … --json``; with ``options.profile`` the keys
+        ``work`` and ``profile``.
 
     Raises:
         SlimError: If there are too few rows, PEFT is not installed, or a side fails.
@@ -109,6 +110,10 @@ def bench_train(
             dtype=options.dtype,
             compile=True if eager else None,
         )
+        if options.profile:
+            progress("training an epoch, then each component of its steps alone")
+            measured = run_side("profile", "ours", asdict(work))
+            return {"work": _described(work, options, tokens), "profile": measured}
         results: list[JsonObject] = []
         for number in range(options.rounds):
             progress(f"round {number + 1}/{options.rounds}: {method}")
@@ -121,8 +126,12 @@ def bench_train(
                 theirs = run_side("sides", "ours", asdict(replace(work, **changed)))
             progress(f"  {theirs['tokens_per_second']:.1f} tokens/s")
             results.append({"ours": ours, other: theirs})
-    described = {key: value for key, value in asdict(work).items() if key != "rows"}
-    described |= {"data": options.data, "rows": options.rows, "real_tokens": tokens}
-    described["system_tokens"] = options.system_tokens
-    described["against"] = against
-    return record(described, other, results)
+    described = _described(work, options, tokens)
+    return record({**described, "against": against}, other, results)
+
+
+def _described(work: TrainWork, options: BenchTrainOptions, tokens: int) -> JsonObject:
+    """Return the key ``work`` of a record."""
+    values = {key: value for key, value in asdict(work).items() if key != "rows"}
+    values |= {"data": options.data, "rows": options.rows, "real_tokens": tokens}
+    return {**values, "system_tokens": options.system_tokens}

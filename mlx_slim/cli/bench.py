@@ -12,6 +12,7 @@ from mlx_slim.bench.options import BenchEvalOptions, BenchTrainOptions
 from mlx_slim.cli.measurements import measured
 from mlx_slim.cli.options import alive, options_of, show_next
 from mlx_slim.next_steps import step
+from mlx_slim.reading import JsonObject
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
 
@@ -29,7 +30,7 @@ def train(model: str, as_json: bool, **options: Any) -> None:
     """Train one epoch of the same rows on both sides, alternating, and compare."""
     work = BenchTrainOptions(**options)
     against = work.against
-    if against == work.method:
+    if against == work.method and not work.profile:
         raise click.UsageError(f"--against {against} is the method itself")
     from mlx_slim.bench.rounds import peak_key
     from mlx_slim.bench.train import bench_train
@@ -42,6 +43,10 @@ def train(model: str, as_json: bool, **options: Any) -> None:
         record = bench_train(model, work, progress)
     if as_json:
         click.echo(json.dumps(record, indent=2))
+        return
+    if work.profile:
+        _show_profile(record["profile"])
+        show_next(step("compare with a peer", "mlx-slim", "bench", "train", model))
         return
     other = against.replace("-", "_")
     peak = peak_key(record[other])
@@ -60,6 +65,32 @@ def train(model: str, as_json: bool, **options: Any) -> None:
             f"{first[0]}, not compiled {first[1]}"
         )
     show_next(step("measure scoring too", "mlx-slim", "bench", "eval", model))
+
+
+def _show_profile(profile: JsonObject) -> None:
+    """Print the components of a step, most seconds first, and what they add up to."""
+    whole, rate = profile["seconds"], profile["blas_gflops"]
+    click.echo(
+        f"{'component':36} {'calls':>7} {'seconds':>8} {'share':>6} {'GFLOP':>9} {'of BLAS':>8}"
+    )
+    for component in profile["components"]:
+        products = " " * 18
+        if component["gflop"] and component["seconds"] > 0:
+            reached = component["gflop"] / component["seconds"] / rate
+            products = f"{component['gflop']:9,.1f} {reached:8.0%}"
+        click.echo(
+            f"{component['name']:36} {component['calls']:7,} {component['seconds']:8.2f} "
+            f"{component['seconds'] / whole:6.1%} {products}".rstrip()
+        )
+    click.echo(
+        f"{'all':36} {'':7} {whole:8.2f} {1:6.1%} {profile['gflop']:9,.1f} "
+        f"{profile['gflop'] / whole / rate:8.0%}"
+    )
+    click.echo(
+        f"{profile['tokens_per_second']:.1f} tokens/s on {profile['threads']} threads; at the "
+        f"{rate:.0f} GFLOP/s of the largest product here, and nothing else to do, "
+        f"{profile['ceiling_tokens_per_second']:.1f}"
+    )
 
 
 @command.command(

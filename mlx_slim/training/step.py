@@ -115,8 +115,13 @@ class CrossEntropy:
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of the targets, float32, nats."""
         tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
-        columns = (targets_N, *rest)
         rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
+        return self.head_loss(rows, (targets_N, *rest), gradient=gradient)
+
+    def head_loss(
+        self, rows: mx.array, columns: tuple[mx.array, ...], *, gradient: bool
+    ) -> mx.array:
+        """Return Σ loss of what ``supervised_rows`` returns, float32, nats."""
         if self.split is None:
             return self.token_loss.value(rows, *columns)
         return linear_loss(
@@ -229,6 +234,9 @@ class Stepper:
         captured: Modules whose frozen arrays change between steps: inputs of a compiled step.
         prefix_sharing: Whether rows of a micro-batch share their beginnings where that is quicker;
             not in a compiled step, where each prefix tree would be a trace of its own.
+
+    Attributes:
+        num_threads: As given; 1 in a compiled step.
     """
 
     def __init__(
@@ -244,7 +252,7 @@ class Stepper:
         self.model = model
         self.objective = objective
         self._prefix_sharing = prefix_sharing and not compiled
-        self._num_threads = 1 if compiled else num_threads
+        self.num_threads = 1 if compiled else num_threads
         self._building = threading.Lock()
 
         def loss(
@@ -263,16 +271,18 @@ class Stepper:
                 self._value_and_grad, inputs=[*state, *captured], outputs=state
             )
 
+    def shards(self, batch: Batch) -> list[Batch]:
+        """Return what is computed at a time: shards of ``batch``, or lists of shared rows."""
+        shards = batch.shards(part_count(self.num_threads, batch.computed_tokens))
+        return cheapest(batch, shards, self.num_threads) if self._prefix_sharing else shards
+
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
         return self._micro(batch)[:2]
 
     def _micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array], int]:
         """Return besides how many positions were computed."""
-        # What is computed at a time: shards, or lists of shared rows.
-        shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))
-        if self._prefix_sharing:
-            shards = cheapest(batch, shards, self._num_threads)
+        shards = self.shards(batch)
         computed = sum(shard.computed_tokens for shard in shards)
         if len(shards) == 1:
             return (*self._part(shards[0], None), computed)
@@ -281,7 +291,7 @@ class Stepper:
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
-            results = run_in_threads(self._part, work, self._num_threads)
+            results = run_in_threads(self._part, work, self.num_threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums
