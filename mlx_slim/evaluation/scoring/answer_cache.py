@@ -57,10 +57,10 @@ class Prefix:
         return self
 
     def merge(self, prompts: Sequence[Prefix]) -> Any:
-        """Return the cache of a batch of so many prompts (what mlx-lm's batches ask for)."""
+        """Return the cache of a batch of prompts that begin so (what mlx-lm's batches ask for)."""
         if self.shared:
             return SuffixCache([0] * len(prompts), self)
-        return self.cache.merge([self.cache] * len(prompts))
+        return self.cache.merge([prompt.cache for prompt in prompts])
 
 
 class SuffixCache(BatchKVCache):

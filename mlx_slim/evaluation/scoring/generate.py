@@ -1,9 +1,10 @@
-"""Greedy answers to many prompts at once, on mlx-lm's continuous batching.
+"""Answers to many prompts at once, greedy or sampled, on mlx-lm's continuous batching.
 
 Invariant: a prompt's answer does not depend on the other prompts of its batch or on the batch size
-(up to the rounding of float sums), and answers come back in the order of the prompts. The prefix
-that all prompts share (a system message, few-shot examples) is computed once and, where the model
-allows it, stored once; the batch size follows from the bytes of the caches, and is 1 where padding
+(up to the rounding of float sums), also where it is sampled (``sampling.py``), and answers come
+back in the order of the prompts. The prefix that all prompts share (a system message, few-shot
+examples) is computed once and, where the model allows it, stored once; so is a prompt that is
+answered several times. The batch size follows from the bytes of the caches, and is 1 where padding
 would change a model's state. On a CPU, call ``models.quantized.densify`` first when memory allows:
 a decoding step has few rows, so dequantizing the weights in every step would cost more than the
 step itself. Try it: ``mlx-slim demo``.
@@ -12,7 +13,8 @@ step itself. Try it: ``mlx-slim demo``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -31,6 +33,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
 )
 from mlx_slim.evaluation.scoring.prefix_tree import fewest_tokens
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
+from mlx_slim.evaluation.scoring.sampling import AnswerSampler, Sampling
 from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.progress import stage
 
@@ -51,11 +54,20 @@ class Generation:
         ids: Its token ids, without the stop token; with those of a stop string.
         stop_reason: ``eos`` (a stop token came), ``until`` (a stop string came) or ``length``
             (``max_tokens`` was reached).
+        stop_token: The stop token that came, if one did.
+        log_probs: Of ``drawn``, on request: nats, at the sampling temperature.
     """
 
     text: str
     ids: list[int]
     stop_reason: Literal["eos", "until", "length"]
+    stop_token: int | None = None
+    log_probs: list[float] | None = None
+
+    @property
+    def drawn(self) -> list[int]:
+        """All token ids that the model chose: ``ids``, and the stop token."""
+        return self.ids if self.stop_token is None else [*self.ids, self.stop_token]
 
 
 @dataclass
@@ -72,15 +84,20 @@ class GenerationCounts:
 
 
 class _Counted:
-    """A model that counts the positions it computes."""
+    """A model that counts the positions it computes.
 
-    def __init__(self, model: nn.Module) -> None:
+    ``exact``: in float32, whose normalization bfloat16 would round; greedy answers need none.
+    """
+
+    def __init__(self, model: nn.Module, exact: bool) -> None:
         self._model = model
+        self._exact = exact
         self.positions = 0
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
         self.positions += tokens.size
-        return cast(Any, self._model)(tokens, cache=cache)
+        logits = cast(Any, self._model)(tokens, cache=cache)
+        return logits.astype(mx.float32) if self._exact else logits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -90,7 +107,7 @@ def generate_batch(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     stop_ids: Collection[int] | None = None,
     *,
     stops: Sequence[str] = (),
@@ -98,14 +115,18 @@ def generate_batch(
     cache_bytes: int | None = None,
     tally: GenerationCounts | None = None,
     kv_format: KVFormat | None = None,
+    sampling: Sampling | None = None,
+    keys: Sequence[Sequence[int]] = (),
+    log_probs: bool = False,
 ) -> list[Generation]:
-    """Return the greedy answer to each prompt, in order.
+    """Return the answer to each prompt, in order.
 
     Args:
-        model: Any mlx-lm model; not changed.
+        model: Any mlx-lm model; not changed. In evaluation mode, or its dropout takes part.
         tokenizer: Decodes the answers.
-        prompts: Token ids, special tokens included, at least one each.
-        max_tokens: Longest answer, tokens.
+        prompts: Token ids, special tokens included, at least one each; a prompt may stand several
+            times, to be answered as often.
+        max_tokens: Longest answer, tokens: of all, or of each.
         stop_ids: Tokens that end an answer; None takes the tokenizer's own.
         stops: Strings that end an answer, also across tokens; the row leaves the batch
             at once.
@@ -115,6 +136,9 @@ def generate_batch(
             device's memory budget leaves.
         tally: Counts the positions computed.
         kv_format: What keys and values are rounded to; None leaves them.
+        sampling: How tokens are drawn; None takes the likeliest.
+        keys: Of sampled answers, one each: what the draws follow from.
+        log_probs: Whether sampled answers get ``Generation.log_probs``.
 
     Raises:
         SlimError: If a prompt is empty.
@@ -124,25 +148,28 @@ def generate_batch(
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise SlimError(f"prompt {index} has no tokens", "every prompt needs at least one")
+    longest_answers = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     ends = set(tokenizer.eos_token_ids if stop_ids is None else stop_ids)
     until = _Until(tokenizer, stops)
-    # Longest first: memory peaks at once, and prompts of one batch are of similar length.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    samplers = None
+    if sampling is not None:
+        samplers = [
+            AnswerSampler(sampling, key, log_probs=log_probs)
+            for _, key in zip(prompts, keys, strict=True)
+        ]
     shared = _shared_prefix(prompts)
-    counted = _Counted(model)
-    once = bool(shared) and supports_shared_prefix(model)
+    counted = _Counted(model, exact=samplers is not None)
+    repeated = 1 < len({tuple(prompt) for prompt in prompts}) < len(prompts)
+    once = bool(shared) and not repeated and supports_shared_prefix(model)
     if prompts:
         if cache_bytes is None:
             cache_bytes = runtime.memory_budget("auto") - mx.get_active_memory()
-        longest = max(map(len, prompts)) - shared + max_tokens
-        batch_size = min(batch_size, footprint(model).answers(cache_bytes, longest, shared, once))
+        before = 0 if repeated else shared  # what each answer has a copy of counts as its own
+        longest = max(len(p) + m for p, m in zip(prompts, longest_answers, strict=True)) - before
+        batch_size = min(batch_size, footprint(model).answers(cache_bytes, longest, before, once))
     if batch_size > 1 and len(prompts) > 1 and not joins(model):
         batch_size = 1
-    caches: list[list[Any]] | None = None
-    if shared:
-        caches = [_prefill(counted, list(prompts[0][:shared]), once, kv_format)] * len(prompts)
-    elif kv_format is not None:
-        caches = [rounded_caches(model, kv_format) for _ in prompts]
+    groups = _groups(counted, prompts, shared, once, kv_format)
     prefill_batch = max(1, min(PREFILL, batch_size // 2))
     generator = BatchGenerator(
         cast(nn.Module, counted),
@@ -155,22 +182,28 @@ def generate_batch(
     )
     ids: dict[int, list[int]] = {}
     reasons: dict[int, Literal["eos", "until", "length"]] = {}
+    ended_by: dict[int, int] = {}
+    row_of: dict[int, int] = {}
     with contextlib.ExitStack() as open_until_done:
         open_until_done.callback(generator.close)
         answering = open_until_done.enter_context(stage("answering", len(prompts), "questions"))
-        uids = generator.insert(
-            [list(prompts[index][shared:]) for index in order],
-            max_tokens=[max_tokens] * len(order),
-            caches=caches,
-        )
-        row_of = dict(zip(uids, order, strict=True))
-        ids = {index: [] for index in order}
-        while responses := _next(generator, model, once):
+        while True:
+            while len(ids) - len(reasons) < batch_size and (group := next(groups, None)):
+                uids = generator.insert(
+                    group.inputs,
+                    max_tokens=[longest_answers[index] for index in group.rows],
+                    caches=group.caches,
+                    samplers=samplers and [samplers[index] for index in group.rows],
+                )
+                row_of.update(zip(uids, group.rows, strict=True))
+                ids.update({index: [] for index in group.rows})
+            if not (responses := _next(generator, model, once)):
+                break
             stopped: list[int] = []
             for response in responses:
                 index = row_of[response.uid]
                 if response.finish_reason == "stop":
-                    reasons[index] = "eos"
+                    reasons[index], ended_by[index] = "eos", response.token
                     continue
                 ids[index].append(response.token)
                 if until.reached(ids[index]):
@@ -181,16 +214,66 @@ def generate_batch(
                     reasons[index] = "length"
             if stopped:
                 generator.remove(stopped)
-            growing = sum(len(ids[i]) for i in ids if i not in reasons)
-            answering.reach(len(reasons) + growing / (max_tokens + 1))
+            growing = sum(len(ids[i]) / (longest_answers[i] + 1) for i in ids if i not in reasons)
+            answering.reach(len(reasons) + growing)
     if tally is not None:
         tally.computed += counted.positions
         sampled = sum(len(ids[i]) + (reasons[i] == "eos") - 1 for i in ids)
         tally.minimum += sampled + fewest_tokens([Request((*p, 0), len(p)) for p in prompts])
-    return [
-        Generation(until.cut(ids[index]), ids[index], reasons[index])
-        for index in range(len(prompts))
-    ]
+
+    def answer(index: int) -> Generation:
+        count = len(ids[index]) + (index in ended_by)
+        log_p = [one.item() for one in samplers[index].log_probs[:count]] if samplers else []
+        return Generation(
+            until.cut(ids[index]),
+            ids[index],
+            reasons[index],
+            ended_by.get(index),
+            cast(list[float], log_p) if log_probs else None,
+        )
+
+    return [answer(index) for index in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class _PromptGroup:
+    """Prompts that enter the batch at one time: their rows, inputs and caches."""
+
+    rows: list[int]
+    inputs: list[list[int]]
+    caches: list[list[Any]] | None
+
+
+def _groups(
+    model: _Counted,
+    prompts: Sequence[Sequence[int]],
+    shared: int,
+    once: bool,
+    kv_format: KVFormat | None,
+) -> Iterator[_PromptGroup]:
+    """Yield all prompts as one group; or, where some are repeated, the rows of each prompt.
+
+    The cache of a repeated prompt is computed when its group is taken.
+    """
+    # Longest first: memory peaks at once, and prompts of one batch are of similar length.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for index in order:
+        rows_of.setdefault(tuple(prompts[index]), []).append(index)
+    if len(rows_of) in (1, len(prompts)):
+        caches: list[list[Any]] | None = None
+        if shared:
+            begun = _prefill(model, list(prompts[0][:shared]), once, kv_format)
+            caches = [begun] * len(prompts)
+        elif kv_format is not None:
+            caches = [rounded_caches(cast(nn.Module, model), kv_format) for _ in prompts]
+        if prompts:
+            yield _PromptGroup(order, [list(prompts[index][shared:]) for index in order], caches)
+        return
+    begun = _prefill(model, list(prompts[0][:shared]), False, kv_format)
+    for prompt, rows in rows_of.items():
+        cache = _prefill(model, list(prompt[shared:-1]), False, kv_format, begun)
+        yield _PromptGroup(rows, [[prompt[-1]] for _ in rows], [cache] * len(rows))
 
 
 class _Until:
@@ -230,11 +313,20 @@ def _next(generator: Any, model: nn.Module, once: bool) -> list[Any]:
         return generator.next_generated()
 
 
-def _prefill(model: Any, ids: list[int], once: bool, kv_format: KVFormat | None) -> list[Prefix]:
-    """Return the prompt cache after ``ids``, to be shared or copied."""
+def _prefill(
+    model: Any,
+    ids: list[int],
+    once: bool,
+    kv_format: KVFormat | None,
+    begun: Sequence[Prefix] | None = None,
+) -> list[Prefix]:
+    """Return the prompt cache after ``ids`` (behind what ``begun`` has), shared or copied."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model) if kv_format is None else rounded_caches(model, kv_format)
+    if begun is not None:
+        cache = [copy.deepcopy(prefix.cache) for prefix in begun]
+    else:
+        cache = make_prompt_cache(model) if kv_format is None else rounded_caches(model, kv_format)
     for begin in range(0, len(ids), PREFILL_TOKENS):
         model(mx.array([ids[begin : begin + PREFILL_TOKENS]]), cache=cache)
         mx.eval([layer.state for layer in cache])
