@@ -33,6 +33,8 @@ ARXIV = re.compile(r"(?<!\d)\d{4}\.\d{5}(?!\d)")
 
 # What a paper is called here; which files implement or cite it is read off their docstrings.
 PAPERS = {
+    "1904.09751": "The Curious Case of Neural Text Degeneration (nucleus sampling)",
+    "2306.13649": "On-Policy Distillation of Language Models (GKD)",
     "1503.02531": "Distillation of logits at a temperature (Hinton et al.)",
     "1604.06174": "Gradient checkpointing",
     "1606.07947": "Sequence-level distillation",

@@ -1,4 +1,4 @@
-"""Sampled answers: the same in any batch, drawn from the right distribution, with its logarithms."""
+"""Sampled answers: the same in any batch, of the right distribution, with its logarithms."""
 
 from __future__ import annotations
 
