@@ -29,7 +29,7 @@ import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_json
-from mlx_slim.data.batches import Batch, Batcher, RowStore
+from mlx_slim.data.batches import Batch, RowStore
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
@@ -216,8 +216,8 @@ def write(
     folder: Path,
     key: JsonObject,
     shape: TargetLayout,
-    batcher: Batcher,
-    answer: Callable[[Batch], TeacherTargets],
+    batcher: Any,
+    answer: Callable[[Any], TeacherTargets],
     *,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[float]:
@@ -227,7 +227,8 @@ def write(
         folder: Created if it is missing.
         key: See ``cache_key``.
         shape: Of the cache.
-        batcher: The rows, ``grouped``; the batches of its epoch 0 are computed.
+        batcher: The rows, ``grouped`` (``target_generation.Batches``); the batches of its epoch 0
+            are computed.
         answer: Returns the teacher's targets of a batch.
         stop: Called after each batch; true ends the iteration early, what is written stays.
 

@@ -1,0 +1,185 @@
+"""Targets of teachers, computed one teacher at a time while the student is not loaded.
+
+Invariant: a teacher is opened only if targets of its are missing, alone, and freed before the next;
+what is written is complete or resumed (``target_cache.py``). A teacher is a model here
+(``logits.py``, ``uld.py``), or an endpoint that scores texts (``scoring_endpoint.py``).
+Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import mlx.core as mx
+
+from mlx_slim import events
+from mlx_slim.data.plans import Plan
+from mlx_slim.distillation import target_cache
+from mlx_slim.distillation.objective import Columns
+from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
+from mlx_slim.reading import JsonObject
+from mlx_slim.runtime import human_bytes, world
+from mlx_slim.training.stop import StopRequest
+
+
+class Batches(Protocol):
+    """The rows whose targets are computed: a ``Batcher``, or one whose batches are merged."""
+
+    def plan(self, epoch: int) -> Plan:
+        """Return the batches of an epoch, as row numbers per sequence."""
+        ...
+
+    def batch(self, groups: Sequence[Sequence[int]]) -> Any:
+        """Return a batch, with the numbers of its targets as ``sources_N``."""
+        ...
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """The targets of one teacher for one list of rows.
+
+    Attributes:
+        shape: Of the cache.
+        key: All that its numbers depend on.
+        folder: Of the cache.
+        batches: The rows.
+    """
+
+    shape: TargetLayout
+    key: JsonObject
+    folder: Path
+    batches: Batches
+
+    def columns(self) -> Columns:
+        """Return the targets, or placeholders of the same shapes while they are not complete."""
+        return target_cache.open_complete(
+            self.folder, self.shape
+        ) or target_cache.PlaceholderTargets(self.shape)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of them are on disk."""
+        return target_cache.open_complete(self.folder, self.shape) is not None
+
+
+Generator = Callable[[Any], TeacherTargets]  # of a batch
+
+
+class OpenTeacher(Protocol):
+    """Gives the generator of each list of rows while a teacher is in memory."""
+
+    def __call__(self, target_set: TargetSet) -> Generator:
+        """Return what computes the targets of a batch."""
+        ...
+
+
+@dataclass
+class TargetTeacher:
+    """A teacher and its targets.
+
+    Attributes:
+        name: In notices.
+        open: Loads it; it is freed with the context.
+        sets: Its targets: of the training rows, then of the validation rows if there are any.
+    """
+
+    name: str
+    open: Callable[[], contextlib.AbstractContextManager[OpenTeacher]]
+    sets: list[TargetSet] = field(default_factory=list)
+
+
+@final
+class CachedTargets:
+    """The targets of all teachers of a run, in their caches.
+
+    Args:
+        cache: The folder that all of them are in.
+        teachers: In the order of the recipe.
+    """
+
+    def __init__(self, cache: Path, teachers: Sequence[TargetTeacher]) -> None:
+        self.cache = cache
+        self.teachers = list(teachers)
+
+    @property
+    def sets(self) -> list[TargetSet]:
+        """Those of all teachers."""
+        return [one for teacher in self.teachers for one in teacher.sets]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them on disk, once complete."""
+        return sum(one.shape.nbytes for one in self.sets)
+
+    def check_disk(self, out: Path) -> None:
+        """Check that the disk can hold the targets; two teachers may use one folder.
+
+        Raises:
+            ResourceError: Names the bytes needed and free.
+        """
+        missing = {
+            one.folder: target_cache.missing_bytes(one.folder, one.shape) for one in self.sets
+        }
+        target_cache.check_disk(self.cache, sum(missing.values()))
+
+    def missing(self) -> bool:
+        """Return whether targets are missing."""
+        return not all(one.complete for one in self.sets)
+
+    def generate(self, observer: events.Observer) -> bool:
+        """Run the teachers, each alone in memory; return False if the user stopped it."""
+        complete = True
+        if world().rank() == 0:
+            with StopRequest() as stop:
+                for teacher in self.teachers:
+                    self._generate(teacher, observer, stop)
+                    if stop.requested:
+                        complete = False
+                        break
+        if world().size() > 1:
+            ranks = mx.distributed.all_sum(mx.array(int(complete)), group=world())
+            complete = ranks.item() == world().size()
+        return complete
+
+    def _generate(
+        self, teacher: TargetTeacher, observer: events.Observer, stop: StopRequest
+    ) -> None:
+        sets = [one for one in teacher.sets if not one.complete]
+        if not sets:
+            return
+        count = sum(one.shape.targets for one in sets)
+        size = human_bytes(sum(one.shape.nbytes for one in sets))
+        each = f"{sets[0].shape.top_k:,} logits each"
+        text = f"teacher {teacher.name}: {count:,} tokens, {each}, {size} in {self.cache}"
+        observer.notify(events.Notice(text))
+        mx.reset_peak_memory()
+        done, reported = 0, 0
+        with teacher.open() as generator_of:
+            for one in sets:
+                steps = target_cache.write(
+                    one.folder,
+                    one.key,
+                    one.shape,
+                    one.batches,
+                    generator_of(one),
+                    stop=lambda: stop.requested,
+                )
+                for fraction in steps:
+                    tenths = int(10 * (done + fraction * one.shape.targets) / count)
+                    if tenths > reported:
+                        reported = tenths
+                        observer.notify(events.Notice(f"teacher {teacher.name}: {10 * tenths}%"))
+                done += one.shape.targets
+                del steps
+                if stop.requested:
+                    break
+        del generator_of
+        peak = human_bytes(mx.get_peak_memory())
+        observer.notify(events.Notice(f"teacher {teacher.name} is unloaded; peak memory {peak}"))
+        gc.collect()
+        mx.clear_cache()
