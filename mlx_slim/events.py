@@ -70,6 +70,7 @@ class StepDone(Event):
         peak_memory_bytes: MLX peak since the run began, bytes.
         metrics: The terms of the loss by name, nats per token (``cross_entropy`` and ``divergence``
             of a distillation); None where it has one term. ``parts`` in the record.
+        text_age: Steps since the model wrote what a round learns; None without rounds.
     """
 
     name: ClassVar[str] = "step"
@@ -86,6 +87,7 @@ class StepDone(Event):
     active_memory_bytes: int
     peak_memory_bytes: int
     metrics: dict[str, float] | None = None
+    text_age: int | None = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ FLOORS = (
     {"children", "locks", "reading"},
     {"tensor_files"},
     {"events", "next_steps"},
-    {"progress"},
+    {"progress", "round_events"},
     {"hashing"},
     {"artifacts"},
     {"claims", "run_dir"},

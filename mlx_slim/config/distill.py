@@ -114,10 +114,15 @@ class DistillConfig(Section):
         teachers: One or more; each is loaded alone, and only to write down what it says.
         method: ``logits`` (needs one tokenizer), ``sequence`` (the teacher's own texts,
             arXiv 1606.07947), ``rationales`` (arXiv 2402.04616), ``mutual`` (the one "teacher" is a
-            second student, arXiv 1706.00384), or ``auto``: logits where the tokenizers agree, else
+            second student, arXiv 1706.00384), ``on-policy`` (logits, on texts of the data and of
+            the student, arXiv 2306.13649), or ``auto``: logits where the tokenizers agree, else
             sequence.
-        divergence: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher), or
-            ``symmetric``, the mean of both.
+        on_policy_fraction: With ``on-policy``, the share of micro-batches whose answers the student
+            writes (``rounds``); their loss is the divergence alone. None is 0.5.
+        divergence: ``forward`` KL(teacher‖student), ``reverse`` KL(student‖teacher),
+            ``symmetric``, the mean of both, or ``jsd``, the generalized Jensen-Shannon divergence
+            β·KL(p‖m) + (1−β)·KL(q‖m) of teacher p and student q from m = β·p + (1−β)·q.
+        beta: β of ``jsd``; 0 is forward and 1 reverse. None is 0.5.
         temperature: T; both sides' logits are divided by it.
         weight: λ, the share of the divergence or of the teachers' texts; 0 is plain fine-tuning.
         top_k: Logits of a teacher that are kept for each token (the rest is one bucket), or
@@ -129,13 +134,35 @@ class DistillConfig(Section):
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)] = Field(
         default_factory=lambda: [TeacherConfig()]
     )
-    method: Literal["auto", "logits", "sequence", "rationales", "mutual"] = "auto"
-    divergence: Literal["forward", "reverse", "symmetric"] = "forward"
+    method: Literal["auto", "logits", "sequence", "rationales", "mutual", "on-policy"] = "auto"
+    on_policy_fraction: Fraction | None = None
+    divergence: Literal["forward", "reverse", "symmetric", "jsd"] = "forward"
+    beta: Fraction | None = None
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     weight: Fraction = 0.5
     top_k: Literal["all"] | PositiveInt = 64
     cache: str | None = None
     ask: QueryConfig = QueryConfig()
+
+    @property
+    def sampled_fraction(self) -> float:
+        """The share of micro-batches whose answers the student writes."""
+        if self.method != "on-policy":
+            return 0.0
+        return 0.5 if self.on_policy_fraction is None else self.on_policy_fraction
+
+    @model_validator(mode="after")
+    def _what_is_set_has_an_effect(self) -> DistillConfig:
+        if self.on_policy_fraction is not None and self.method != "on-policy":
+            raise ValueError(
+                f"on_policy_fraction={self.on_policy_fraction} is for method=on-policy, not "
+                f"{self.method}: drop one of them"
+            )
+        if self.beta is not None and self.divergence != "jsd":
+            raise ValueError(
+                f"beta={self.beta} is for divergence=jsd, not {self.divergence}: drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _two_students(self) -> DistillConfig:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from mlx_slim.config.adapter import AdapterConfig
 from mlx_slim.config.distill import DistillConfig
+from mlx_slim.config.rounds import RoundsConfig
 from mlx_slim.config.section import (
     LARGEST,
     Bytes,
@@ -187,6 +188,7 @@ class Recipe(Section):
         revision: Commit or tag of a hub model.
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
+        rounds: How the model answers prompts while it is trained (``distill.method=on-policy``).
         forgetting: A general text that is measured while the run trains; None measures none.
         report_answers: Validation rows that are answered before and after training, for the page
             of the run; 0 none.
@@ -202,6 +204,7 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     forgetting: ForgettingConfig | None = None
     distill: DistillConfig | None = None
+    rounds: RoundsConfig = RoundsConfig()
     memory: MemoryConfig = MemoryConfig()
     report_answers: Annotated[int, Field(ge=0, le=16)] = 3
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -210,6 +213,11 @@ class Recipe(Section):
     def rows_seed(self) -> int:
         """The seed that splits and draws rows."""
         return self.train.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the model writes some of the rows that it is trained on."""
+        return self.distill is not None and self.distill.sampled_fraction > 0
 
     @property
     def trains_weights(self) -> bool:
@@ -264,6 +272,11 @@ class Recipe(Section):
                 for key, value in beside.items()
                 if value
             ]
+        if self.rounds != RoundsConfig() and not self.has_rounds:
+            problems.append(
+                "rounds says how the model answers prompts in training, and nothing here makes it: "
+                "set distill.method=on-policy, or drop rounds"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -79,6 +79,8 @@ class Batch:
         entropy: Numbers that what is random in this batch alone is drawn from; empty in a batch
             that is for measuring only.
         nodes: Of a batch whose rows share their beginnings: the one sequence is a list of nodes.
+        sampled: Its rows are answers that the model wrote (``training/rounds.py``): ``sources_N``
+            numbers the targets of these.
     """
 
     tokens_BT: np.ndarray
@@ -92,6 +94,7 @@ class Batch:
     weights_N: np.ndarray | None = None
     entropy: tuple[int, ...] = ()
     nodes: tuple[TokenNode, ...] | None = None
+    sampled: bool = False
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.
@@ -124,6 +127,7 @@ class Batch:
                 lengths_BT=self.lengths_BT[rows, :used],
                 entropy=(*self.entropy, len(shards)) if self.entropy else (),
                 weights_N=None if weights is None or (weights == 1).all() else weights,
+                sampled=self.sampled,
             )
             shards.append(shard)
         return shards

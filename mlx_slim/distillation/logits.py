@@ -70,6 +70,8 @@ class LogitDistillation:
         """The teachers' logits, cached before the student is trained."""
         return self._targets
 
+    scorer = None
+
     def check(self, recipe: Recipe) -> None:
         """Check that every teacher fits into the memory budget.
 

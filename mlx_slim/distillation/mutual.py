@@ -272,6 +272,7 @@ class MutualDistillation:
     """
 
     targets = None
+    scorer = None
 
     def __init__(self, config: DistillConfig, second: TeacherConfig) -> None:
         self.config = config

@@ -133,6 +133,7 @@ class TextDistillation:
     """
 
     targets = None
+    scorer = None
 
     def __init__(self, dataset: DistillationDataset, teachers: Sequence[TeacherConfig]) -> None:
         self.student = SingleModel()

@@ -9,17 +9,16 @@ loaded again to be checked. Answers are greedy and short. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
+from mlx_slim.finetuning.prompts import split, unchanged
 from mlx_slim.finetuning.run_dir import ANSWERS_FILE
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, field, read_object, short
@@ -29,20 +28,6 @@ if TYPE_CHECKING:  # the page of a run is written without what trains one
 
 MAX_TOKENS = 64  # of an answer, at most
 LONGEST_PROMPT = 512  # tokens: a longer row is passed over
-
-
-def split(ids_T: np.ndarray, supervised_T: np.ndarray) -> tuple[list[int], list[int]]:
-    """Return a row's prompt and its last answer, as token ids.
-
-    A text that is learned from its start on is cut in the middle.
-    """
-    learned = np.flatnonzero(supervised_T)
-    end = int(learned[-1]) + 1
-    gaps = np.flatnonzero(np.diff(learned) > 1)
-    start = int(learned[gaps[-1] + 1] if len(gaps) else learned[0])
-    if start <= 1:
-        start = max(1, end // 2)
-    return ids_T[:start].tolist(), ids_T[start:end].tolist()
 
 
 def choose(rows: TokenStore, count: int) -> list[tuple[list[int], list[int]]]:
@@ -165,20 +150,8 @@ def _answers(
     prompts = [prompt for prompt, _ in chosen]
     room = max(1, budget - mx.get_active_memory())
     try:
-        with _unchanged(model), stage(f"answering {len(prompts)} validation rows {when}"):
+        with unchanged(model), stage(f"answering {len(prompts)} validation rows {when}"):
             answers = generate_batch(model, tokenizer, prompts, most_tokens, cache_bytes=room)
     except Exception as error:  # of a model that cannot generate: not worth a run
         return [], " ".join(f"the model gave no answer: {type(error).__name__}: {error}".split())
     return [one.text for one in answers], None
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Let a block use ``model`` without a trace: greedy answers draw no random number."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        mx.clear_cache()

@@ -28,6 +28,7 @@ from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
+from mlx_slim.finetuning.rounds import COMPILED_SHAPES
 from mlx_slim.models import structure
 from mlx_slim.models.attention import attention_balance, fused_here, reads_other_blocks
 from mlx_slim.models.load import Loaded, load, read_config
@@ -296,6 +297,8 @@ def build_loop(
         limit -= (
             1  # of the largest batch, tried before targets are generated and the model is rebuilt
         )
+    if limit is not None and recipe.has_rounds:
+        limit -= COMPILED_SHAPES
     if config.grad_checkpoint and reads_other_blocks(model):
         raise SlimError(
             f"blocks of {tuned.config['model_type']} attend to keys of other blocks: their "

@@ -17,9 +17,10 @@ from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE, extended_run, fewer_steps, trained_as
 from mlx_slim.training.callbacks import Monitor
 from mlx_slim.training.extension import describe
-from mlx_slim.training.loop import Loop, total_steps
+from mlx_slim.training.loop import Loop
 from mlx_slim.training.optim import Extended, warmup_steps
 from mlx_slim.training.state import read_state
+from mlx_slim.training.step_plan import total_steps
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def plan_resume(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> 
     loop.extend(extended)
     start = loop.newest()
     if start is None:
-        raise _cannot(out, "no checkpoint is left from before its learning rate decayed")
+        midst = " or in the midst of its last round" if loop.rounds is not None else ""
+        raise _cannot(out, f"no checkpoint is left from before its learning rate decayed{midst}")
     if extended is None:
         return ResumePlan(start)
     if read_state(start).total == loop.total:  # of the longer run already

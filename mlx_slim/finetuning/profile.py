@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from pathlib import Path
+
+import mlx.core as mx
 
 from mlx_slim import events
 from mlx_slim.config.schema import Recipe
@@ -18,6 +21,7 @@ from mlx_slim.models import structure
 from mlx_slim.planner.run import Probe
 from mlx_slim.runtime import memory_limits
 from mlx_slim.training.grad_checkpoint import checkpointed
+from mlx_slim.training.loop import Loop
 
 STEPS = 3
 
@@ -35,7 +39,7 @@ def probe(recipe: Recipe, observer: events.Observer | None = None, *, steps: int
         data = prepare_data(recipe, tuned, folder, unchanged=False)
         loop = build_loop(recipe, tuned, data, folder, observer or events.Broadcast([]), budget=0)
         with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
-            seconds, positions, peak = loop.profile_steps(steps)
+            seconds, positions, peak = profile_steps(loop, steps)
         return Probe(
             steps=steps,
             seconds_per_batch=statistics.median(seconds[1:] or seconds),
@@ -45,3 +49,28 @@ def probe(recipe: Recipe, observer: events.Observer | None = None, *, steps: int
             batching=loop.batcher.mode,
             lengths=data.train.lengths.tolist(),
         )
+
+
+def profile_steps(loop: Loop, steps: int) -> tuple[list[float], int, int]:
+    """Take real steps of the largest micro-batch; the model is changed, the train state is not.
+
+    A step has two micro-batches at most: more of them only take longer.
+
+    Args:
+        loop: A run.
+        steps: How many.
+
+    Returns:
+        Seconds of one micro-batch in each step, positions computed in it, peak in bytes.
+    """
+    loop.model.train()
+    mx.eval(loop.optimizer.arrays())
+    mx.reset_peak_memory()
+    largest = loop.batcher.largest_batch()
+    batches = [largest] * min(2, loop.config.accumulate)
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        loop.update(batches)
+        seconds.append((time.perf_counter() - began) / len(batches))
+    return seconds, largest.computed_tokens, mx.get_peak_memory()

@@ -29,8 +29,10 @@ from mlx_slim.finetuning.answers import answer_after, answer_before
 from mlx_slim.finetuning.build import Tuned, build_loop
 from mlx_slim.finetuning.conditions import ConditionsWatch
 from mlx_slim.finetuning.forgetting import measure_forgetting
+from mlx_slim.finetuning.guard import check_disk, check_loading, preflight
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.report import write_page
+from mlx_slim.finetuning.rounds import AnswerRounds
 from mlx_slim.finetuning.run_dir import (
     RECORD,
     Result,
@@ -60,9 +62,7 @@ from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
     dtype_name,
-    free_disk,
     from_first_rank,
-    human_bytes,
     memory_budget,
     memory_limits,
     resolve_dtype,
@@ -136,7 +136,7 @@ def _run(
     if first and newest is None and not (out / RECORD).exists():
         metrics.clear()
     strategy.check(recipe)
-    _check_loading(recipe, strategy.student.expect(recipe), budget)
+    check_loading(recipe, strategy.student.expect(recipe), budget)
     built = _build(recipe, strategy, out, listeners, budget, unchanged=started)
     resume_plan = ResumePlan(None)
     if started:
@@ -146,11 +146,11 @@ def _run(
     newest = resume_plan.start
     with checkpointed(structure.blocks(built.tuned.model), recipe.train.grad_checkpoint):
         if not (out / "checkpoints").exists():
-            _check_disk(out, built.prediction)
+            check_disk(out, built.prediction)
             if strategy.targets is not None:
                 strategy.targets.check_disk(out)
         with _training(recipe, built.tuned):
-            _preflight(built.loop, built.prediction, budget)
+            preflight(built.loop, built.prediction, budget)
 
     fresh = not started or resume_plan.grown
     state = state_record(resolved, built.data, resume_plan.extended) if fresh else None
@@ -188,13 +188,32 @@ def _run(
                 events.Predicted(prediction.predicted_peak_bytes, prediction.breakdown)
             )
             if first:
-                responder = strategy.student.responder(tuned.model)
                 count = recipe.report_answers
                 peak = mx.get_peak_memory()
-                answer_before(out, responder, tokenizer, validation, count, budget)
+                model = strategy.student.responder(tuned.model)
+                answer_before(out, model, tokenizer, validation, count, budget)
+                del model
                 if mx.get_peak_memory() > peak:  # what is reported is the training's
                     loop.preflight()
         done = loop.run()
+    while done is None:  # a round of answers is scored while the model is not in memory
+        assert strategy.scorer is not None
+        del built, tuned, loop
+        gc.collect()
+        mx.clear_cache()
+        if not strategy.scorer.score_alone(observer):
+            raise Interrupted("stopped while answers were scored; the state is saved")
+        mx.clear_cache()
+        rebuilding = _WithoutNotices(listeners)
+        built = _build(recipe, strategy, out, rebuilding, budget, unchanged=True)
+        rebuilding.active = False
+        built.loop.extend(resume_plan.extended)
+        tuned, loop = built.tuned, built.loop
+        with checkpointed(structure.blocks(tuned.model), recipe.train.grad_checkpoint):
+            saved = rotation.latest(out / "checkpoints")
+            assert saved is not None
+            loop.resume(saved, report=False)
+            done = loop.run(again=True)
     if done.reason == "interrupted":
         raise Interrupted(f"stopped after step {done.step} of {loop.total}; the state is saved")
     artifact = strategy.student.artifact(recipe, tuned)
@@ -230,6 +249,19 @@ def _run(
             observer.notify(events.Notice(text, "warning"))
         write_json(out / RECORD, record)
     return result
+
+
+class _WithoutNotices:
+    """Passes on every event but notices while it is ``active``: a run that is built again."""
+
+    def __init__(self, observer: events.Observer) -> None:
+        self.observer = observer
+        self.active = True
+
+    def notify(self, event: events.Event) -> None:
+        """Pass ``event`` on, unless it is a notice that was given before."""
+        if not (self.active and isinstance(event, events.Notice)):
+            self.observer.notify(event)
 
 
 @dataclass
@@ -269,6 +301,21 @@ def _build(
         loop = build_loop(recipe, tuned, data, out, observer, budget, strategy.objectives)
     batched = changed(recipe, {"train.batching": loop.batcher.mode})  # memory depends on it
     prediction = strategy.student.predict(batched, tuned, data.train.lengths.tolist())
+    if strategy.scorer is not None:
+        strategy.scorer.place(prediction.predicted_peak_bytes, budget, observer)
+        loop.rounds = AnswerRounds(
+            tuned.model,
+            tuned.loaded.tokenizer,
+            data.train,
+            out,
+            recipe.rounds,
+            recipe.train,
+            loop.batcher.max_length,
+            strategy.scorer,
+            observer,
+            compiled=loop.compiled,
+            budget=budget,
+        )
     return _Built(tuned, data, prediction, loop)
 
 
@@ -277,56 +324,6 @@ def _finished(out: Path, observer: events.Observer) -> Result:
     result = read_result(out)
     observer.notify(events.Notice(f"{out} is complete: nothing to do"))
     return result
-
-
-# ------------------------------------------------------------------------------------ the guard
-
-
-def _check_disk(out: Path, prediction: Prediction) -> None:
-    """Refuse to start when the disk cannot hold the run."""
-    free = free_disk(out)
-    if free < prediction.disk_bytes:
-        raise ResourceError(
-            f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "
-            f"{human_bytes(free)} are free",
-            "free some space, choose another output folder, or keep less with train.keep=1",
-        )
-
-
-def _check_loading(recipe: Recipe, prediction: Prediction, budget: int) -> None:
-    """Refuse to load a base for which the budget is too small."""
-    needed = prediction.loading_peak_bytes
-    if needed > budget:
-        raise ResourceError(
-            f"loading {recipe.model} needs {human_bytes(needed)} (predicted), the budget is "
-            f"{human_bytes(budget)}",
-            _cheapest_fit(prediction, prediction.predicted_peak_bytes, budget),
-        )
-
-
-def _preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
-    """Run the largest micro-batch; refuse to start over the budget.
-
-    A prediction of twice the budget is believed without a try, which could exhaust the machine.
-    """
-    over = prediction.predicted_peak_bytes > 2 * budget
-    peak = prediction.predicted_peak_bytes if over else loop.preflight()
-    if peak > budget:
-        raise ResourceError(
-            f"this run needs {human_bytes(peak)} ({'predicted' if over else 'measured'}), "
-            f"the budget is {human_bytes(budget)}",
-            _cheapest_fit(prediction, peak, budget),
-        )
-
-
-def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
-    """Return the cheapest suggestion that fits once corrected by what was measured."""
-    correction = peak / prediction.predicted_peak_bytes
-    for suggestion in prediction.suggestions:
-        size = suggestion.predicted_peak_bytes * correction
-        if size <= budget:
-            return f"fits with {suggestion.set} (about {human_bytes(size)})"
-    return "no single change fits: try a smaller model, or see mlx-slim plan"
 
 
 # ---------------------------------------------------------------------------------------- saving

@@ -23,6 +23,7 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
 from mlx_slim.finetuning.build import Tuned, from_rows, prepare_data, prepare_model
 from mlx_slim.finetuning.qat_save import save_quantized
+from mlx_slim.finetuning.rounds import RoundScorer
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
@@ -103,6 +104,11 @@ class TrainingStrategy(Protocol):
         """Targets to compute before training, or None."""
         ...
 
+    @property
+    def scorer(self) -> RoundScorer | None:
+        """What learns from answers that the model writes in rounds, or None."""
+        ...
+
     def check(self, recipe: Recipe) -> None:
         """Refuse, before anything is loaded, what cannot work.
 
@@ -174,6 +180,7 @@ class CrossEntropyStrategy:
     """Learning from the rows alone, by next-token cross-entropy."""
 
     targets = None
+    scorer = None
 
     def __init__(self) -> None:
         self.student = SingleModel()

@@ -34,8 +34,14 @@ def steps_before_decay(config: TrainConfig, total: int, rate: Schedule) -> int:
     return max((step + 1 for step in range(total) if rate(step) == config.learning_rate), default=0)
 
 
-def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | None) -> Path | None:
-    """Return the newest checkpoint under ``folder`` that belongs to a run of ``total`` steps."""
+def newest(
+    folder: Path, config: TrainConfig, total: int, extended: Extended | None, length: int | None
+) -> Path | None:
+    """Return the newest checkpoint under ``folder`` that belongs to a run of ``total`` steps.
+
+    With rounds of ``length`` steps, one from the midst of a round that the end of the shorter run
+    cut off does not: the rest of its answers takes the weights of its beginning.
+    """
     paths = (rotation.path_of(folder, step) for step in reversed(rotation.steps(folder)))
     if extended is None:
         return next(paths, None)
@@ -44,6 +50,10 @@ def newest(folder: Path, config: TrainConfig, total: int, extended: Extended | N
     def belongs(state: TrainState) -> bool:
         its_total = state.total or extended.totals[0]
         its_rate = schedule(config, its_total, extended.until(its_total))
+        if length is not None and state.step % length:
+            end = state.step - state.step % length + length
+            if min(end, its_total) != min(end, total):
+                return False
         return its_total == total or all(its_rate(n) == rate(n) for n in range(state.step))
 
     return next((path for path in paths if belongs(read_state(path))), None)

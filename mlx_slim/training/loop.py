@@ -20,6 +20,7 @@ import numpy as np
 from mlx_slim import events
 from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim.data.plans import Plan
 from mlx_slim.errors import DivergedError
 from mlx_slim.progress import stage
 from mlx_slim.runtime import to_float, world
@@ -38,28 +39,12 @@ from mlx_slim.training.callbacks import (
 from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, gradient_norm, schedule
+from mlx_slim.training.rounds import Begun, Rounds
 from mlx_slim.training.state import TrainState, read_state
 from mlx_slim.training.step import Objective, Stepper, StepResult
+from mlx_slim.training.step_plan import next_plans, planned_steps, total_steps
 from mlx_slim.training.stop import StopRequest
 from mlx_slim.training.validation import LossScorer, validation_loss
-
-
-def steps_of_epoch(micro_batches: int, accumulate: int) -> int:
-    """Return the optimizer steps of an epoch; the last may have fewer micro-batches."""
-    return -(-micro_batches // (accumulate * world().size()))
-
-
-def total_steps(config: TrainConfig, batcher: Batcher) -> tuple[int, float]:
-    """Return the optimizer steps of the run and the epochs they make."""
-    if config.steps is not None:
-        per_epoch = steps_of_epoch(len(batcher.plan(0)), config.accumulate)
-        return config.steps, config.steps / per_epoch
-    whole, part = int(config.epochs), config.epochs - int(config.epochs)
-    count = [steps_of_epoch(len(batcher.plan(epoch)), config.accumulate) for epoch in range(whole)]
-    if part:
-        rest = steps_of_epoch(len(batcher.plan(whole)), config.accumulate)
-        count.append(max(1, round(part * rest)))
-    return sum(count), config.epochs
 
 
 @dataclass
@@ -82,6 +67,7 @@ class Loop:
         prefix_sharing: As ``Stepper``.
         callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
+        rounds: Rows that the model writes (``training/rounds.py``), or None.
     """
 
     model: nn.Module
@@ -99,6 +85,7 @@ class Loop:
     validation_objective: Objective | None = None
     callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
+    rounds: Rounds | None = None
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
@@ -140,7 +127,8 @@ class Loop:
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that this run can resume from."""
-        return newest(self.checkpoints, self.config, self.total, self.extended)
+        length = None if self.rounds is None else self.rounds.steps
+        return newest(self.checkpoints, self.config, self.total, self.extended, length)
 
     def preflight(self) -> int:
         """Run forward and backward pass of the largest micro-batch; return the peak in bytes."""
@@ -149,6 +137,8 @@ class Loop:
         mx.reset_peak_memory()
         with computing(self.callbacks), stage("compiling and trying the largest batch"):
             self.stepper.micro(self.batcher.largest_batch())
+            if self.rounds is not None:
+                self.stepper.micro(self.rounds.largest_batch())
         return mx.get_peak_memory()
 
     def peek(self, path: Path) -> tuple[TrainState, set[str]]:
@@ -159,25 +149,30 @@ class Loop:
         state = checkpoint.load_callbacks(path, self.callbacks)
         return state, reopen(state, self._monitors, self.config, self.total)
 
-    def resume(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``."""
+    def resume(self, path: Path, *, report: bool = True) -> None:
+        """Continue from the checkpoint at ``path``; ``report`` it."""
         self.state = checkpoint.load(path, self.model, self.optimizer, self.callbacks)
         reopen(self.state, self._monitors, self.config, self.total)
-        name = f"{path.parent.name}/{path.name}"
         if world().rank() == 0:
             rotation.remove_after(self.checkpoints, self.state.step)
             self._rotate()  # the kill may have come between the checkpoint and this
-        self.observer.notify(events.Resumed(step=self.state.step, path=name))
+        if report:
+            name = f"{path.parent.name}/{path.name}"
+            self.observer.notify(events.Resumed(step=self.state.step, path=name))
 
-    def run(self) -> events.Done:
-        """Train to the end and return how it ended.
+    def run(self, *, again: bool = False) -> events.Done | None:
+        """Train to the end and return how it ended; ``again`` reports no start a second time.
+
+        None: a round needs the memory of model and optimizer (``training/rounds.py``). Free them,
+        build the loop anew, resume it from its newest checkpoint and run it ``again``.
 
         Raises:
             DivergedError: If loss or gradient is not finite; nothing was updated with it.
         """
         at = self.state
-        started = events.Started(self.total, self.epochs, self.budget_bytes, first_step=at.step)
-        self.observer.notify(started)
+        if not again:
+            started = events.Started(self.total, self.epochs, self.budget_bytes, at.step)
+            self.observer.notify(started)
         reason = "complete"
         verdict = combine(monitor.begin(at.step) for monitor in self._monitors)
         # Either: a resume from the checkpoint that the run was stopped with.
@@ -186,7 +181,8 @@ class Loop:
         elif self._exhausted() and at.step < self.total:
             reason = "early_stopping"
         with StopRequest() as stop:
-            for epoch, fraction, plan in self._steps() if reason == "complete" else ():
+            begun = self._begin_round(stop, saved=at.step > 0) if reason == "complete" else None
+            for epoch, fraction, plan in self._steps() if begun is Begun.READY else ():
                 began = time.perf_counter()
                 self._step(epoch, fraction, plan)
                 last = at.step == self.total
@@ -198,16 +194,23 @@ class Loop:
                 verdict = combine(monitor.after(at.step, last) for monitor in self._monitors)
                 due = self._due(self.config.save_every, last) or at.step == self._stable
                 due = due or verdict.action >= Action.SAVE
-                if improved or stopping or exhausted or due:
+                saving = improved or stopping or exhausted or due
+                if saving:
                     self._save()
-                if stopping or exhausted:
-                    reason = "interrupted" if stopping and not last else "early_stopping"
-                    reason = "complete" if last else reason
+                if (stopping or exhausted) and not last:
+                    reason = "interrupted" if stopping else "early_stopping"
                 if verdict.action is Action.STOP:
                     reason = verdict.reason
                 if stopping or exhausted or last or verdict.action is Action.STOP:
                     break
+                begun = self._begin_round(stop, saved=saving)
+                if begun is not Begun.READY:
+                    break
                 pause(time.perf_counter() - began, self.config.duty, lambda: stop.requested)
+        if begun is Begun.PUT_AWAY:
+            return None
+        if begun is Begun.INTERRUPTED:
+            reason = "interrupted"
         done = events.Done(
             step=at.step,
             reason=reason,
@@ -236,50 +239,45 @@ class Loop:
     def _due(self, every: int, last: bool) -> bool:
         return last or self.state.step % every == 0
 
-    def _steps(self) -> Iterator[tuple[int, float, list[list[list[int]]]]]:
+    def _begin_round(self, stop: StopRequest, *, saved: bool) -> Begun:
+        """Have ready what the next step learns from; save the state if it is not."""
+        at, rounds = self.state, self.rounds
+        if rounds is None or at.step == self.total:
+            return Begun.READY
+        with computing(self.callbacks):
+            if at.step % rounds.steps:
+                begun = rounds.reopen(at.step, lambda: stop.requested)
+            else:
+                count = min(rounds.steps, self.total - at.step)
+                plans = next_plans(self.batcher, self.config.accumulate, at, count)
+                rates = [self.rate(step) for step in range(at.step)]
+                begun = rounds.begin(at.step, plans, rates, lambda: stop.requested)
+        if begun is not Begun.READY and not saved:
+            self._save()
+        return begun
+
+    def _steps(self) -> Iterator[tuple[int, float, Plan]]:
         """Yield epoch, fraction of it done after the step, and the step's plan over all ranks."""
-        at = self.state
-        width = self.config.accumulate * world().size()
-        while at.step < self.total:
-            plan = self.batcher.plan(at.epoch)
-            while at.taken < len(plan) and at.step < self.total:
-                step_plan = plan[at.taken : at.taken + width]
-                at.taken += len(step_plan)
-                yield at.epoch, at.taken / len(plan), step_plan
-            if at.taken >= len(plan):
-                at.epoch, at.taken = at.epoch + 1, 0
+        steps = planned_steps(self.batcher, self.config.accumulate, self.state)
+        while self.state.step < self.total:
+            yield next(steps)
 
-    def _batches(self, plan: list[list[list[int]]]) -> Iterator[Batch]:
+    def _batches(self, plan: Plan) -> Iterator[Batch]:
         """Yield this rank's micro-batches, each with the random state of its dropout."""
+        step = self.state.step
         for index in range(world().rank(), len(plan), world().size()):
-            entropy = [self.config.seed, self.state.step, index]
-            mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            yield replace(self.batcher.batch(plan[index]), entropy=tuple(entropy))
+            entropy = (self.config.seed, step, index)
+            answers = None if self.rounds is None else self.rounds.batches(step, index)
+            if answers is None:
+                yield self._seeded(self.batcher.batch(plan[index]), entropy)
+            for number, batch in enumerate(answers or ()):
+                yield self._seeded(batch, (*entropy, number))
 
-    def profile_steps(self, steps: int) -> tuple[list[float], int, int]:
-        """Take real steps of the largest micro-batch; the model is changed, the train state is not.
+    def _seeded(self, batch: Batch, entropy: tuple[int, ...]) -> Batch:
+        mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        return replace(batch, entropy=entropy)
 
-        A step has two micro-batches at most: more of them only take longer.
-
-        Args:
-            steps: How many.
-
-        Returns:
-            Seconds of one micro-batch in each step, positions computed in it, peak in bytes.
-        """
-        self.model.train()
-        mx.eval(self.optimizer.arrays())
-        mx.reset_peak_memory()
-        largest = self.batcher.largest_batch()
-        batches = [largest] * min(2, self.config.accumulate)
-        seconds = []
-        for _ in range(steps):
-            began = time.perf_counter()
-            self._update(batches)
-            seconds.append((time.perf_counter() - began) / len(batches))
-        return seconds, largest.computed_tokens, mx.get_peak_memory()
-
-    def _update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
+    def update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
         """Take one optimizer step; return what was measured, the gradient norm and the rate."""
         at = self.state
         self.model.train()
@@ -309,10 +307,11 @@ class Loop:
             hook.updated(at.step + 1)
         return result, norm, learning_rate
 
-    def _step(self, epoch: int, fraction: float, plan: list[list[list[int]]]) -> None:
+    def _step(self, epoch: int, fraction: float, plan: Plan) -> None:
         at = self.state
+        age = None if self.rounds is None else self.rounds.age(at.step)
         began = time.perf_counter()
-        result, norm, learning_rate = self._update(self._batches(plan))
+        result, norm, learning_rate = self.update(self._batches(plan))
         seconds = time.perf_counter() - began
         at.step += 1
         at.tokens += result.tokens
@@ -332,6 +331,7 @@ class Loop:
                     active_memory_bytes=mx.get_active_memory(),
                     peak_memory_bytes=mx.get_peak_memory(),
                     metrics=result.metrics or None,
+                    text_age=age,
                 )
             )
 

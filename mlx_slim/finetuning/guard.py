@@ -1,0 +1,62 @@
+"""The guard of a fine-tune: memory and disk are checked before anything is trained.
+
+Invariant: what does not fit is one line with the cheapest setting that does, and nothing is left
+behind. Try it: ``mlx-slim train smollm2-lora memory.budget=100MB -o runs/try``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_slim.config.schema import Recipe
+from mlx_slim.errors import ResourceError
+from mlx_slim.planner.memory import Prediction
+from mlx_slim.runtime import free_disk, human_bytes
+from mlx_slim.training.loop import Loop
+
+
+def check_disk(out: Path, prediction: Prediction) -> None:
+    """Refuse to start when the disk cannot hold the run."""
+    free = free_disk(out)
+    if free < prediction.disk_bytes:
+        raise ResourceError(
+            f"{out} will need {human_bytes(prediction.disk_bytes)} of disk, "
+            f"{human_bytes(free)} are free",
+            "free some space, choose another output folder, or keep less with train.keep=1",
+        )
+
+
+def check_loading(recipe: Recipe, prediction: Prediction, budget: int) -> None:
+    """Refuse to load a base for which the budget is too small."""
+    needed = prediction.loading_peak_bytes
+    if needed > budget:
+        raise ResourceError(
+            f"loading {recipe.model} needs {human_bytes(needed)} (predicted), the budget is "
+            f"{human_bytes(budget)}",
+            _cheapest_fit(prediction, prediction.predicted_peak_bytes, budget),
+        )
+
+
+def preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
+    """Run the largest micro-batch; refuse to start over the budget.
+
+    A prediction of twice the budget is believed without a try, which could exhaust the machine.
+    """
+    over = prediction.predicted_peak_bytes > 2 * budget
+    peak = prediction.predicted_peak_bytes if over else loop.preflight()
+    if peak > budget:
+        raise ResourceError(
+            f"this run needs {human_bytes(peak)} ({'predicted' if over else 'measured'}), "
+            f"the budget is {human_bytes(budget)}",
+            _cheapest_fit(prediction, peak, budget),
+        )
+
+
+def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:
+    """Return the cheapest suggestion that fits once corrected by what was measured."""
+    correction = peak / prediction.predicted_peak_bytes
+    for suggestion in prediction.suggestions:
+        size = suggestion.predicted_peak_bytes * correction
+        if size <= budget:
+            return f"fits with {suggestion.set} (about {human_bytes(size)})"
+    return "no single change fits: try a smaller model, or see mlx-slim plan"
