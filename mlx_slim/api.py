@@ -19,11 +19,11 @@ from mlx_slim.distillation import run as teaching
 from mlx_slim.evaluation import run as scoring
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.finetuning import profile
-from mlx_slim.finetuning import run as training
 from mlx_slim.finetuning.run_dir import Result
 from mlx_slim.planner import choose as choosing
 from mlx_slim.planner import run as planning
 from mlx_slim.planner.memory import Prediction
+from mlx_slim.preferences import run as training
 from mlx_slim.pruning import run as pruning
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization import run as compress
@@ -58,7 +58,7 @@ def finetune(
     resume: bool = False,
     observer: events.Observer | None = None,
 ) -> Result:
-    """Fine-tune as ``mlx-slim train`` does.
+    """Fine-tune as ``mlx-slim train`` does: on answers, or with ``preference`` on a comparison.
 
     Args:
         recipe: A shipped recipe's name, a YAML file, the values of a recipe, or a ``Resolved``.
@@ -72,7 +72,7 @@ def finetune(
         ResourceError: Over the memory budget or out of disk, before training.
         Interrupted: Ctrl-C; the state is saved.
     """
-    return _learn(training.finetune, recipe, out, overrides, resume, observer)
+    return _learn(training.train, recipe, out, overrides, resume, observer)
 
 
 def choose(

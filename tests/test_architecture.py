@@ -39,7 +39,7 @@ FLOORS = (
     {"training", "evaluation", "analyze", "export"},
     {"planner", "serving"},
     {"finetuning"},
-    {"distillation"},
+    {"distillation", "preferences"},
     {"pruning"},
     {"slimming", "sweeping"},
     {"api"},

@@ -52,7 +52,12 @@ def preview(recipe: str, overrides: tuple[str, ...], rows: int) -> None:
     resolved = load_recipe(recipe, overrides).recipe
     with alive():
         tokenizer = load_tokenizer(resolved.model, revision=resolved.revision)
-    pipeline = Pipeline(resolved.data, tokenizer, max_length=resolved.train.max_length)
+    pipeline = Pipeline(
+        resolved.data,
+        tokenizer,
+        max_length=resolved.train.max_length,
+        preference=resolved.preference_rows,
+    )
     console = Console(highlight=False, soft_wrap=True)
     marks = ("", "") if console.color_system else ("⟦", "⟧")
     console.print(

@@ -85,9 +85,9 @@ def command(
     if validate:
         _validate(resolved, mode == "json")
         return
-    from mlx_slim.finetuning.run import finetune
+    from mlx_slim.preferences.run import train
 
-    go(finetune, resolved, out, resume=resume, mode=mode)
+    go(train, resolved, out, resume=resume, mode=mode)
 
 
 def _one_source(values: tuple[str, ...]) -> str | None:
@@ -230,9 +230,22 @@ def go(
 
 
 def _validate(resolved: Resolved, as_json: bool) -> None:
-    """Print the model's loss on the validation rows."""
+    """Print the model's loss on the validation rows, or how many pairs it has the right way."""
     from mlx_slim.finetuning.validate import validate
+    from mlx_slim.preferences.run import validate_pairs
 
+    if resolved.recipe.preference is not None:
+        with alive():
+            compared = validate_pairs(resolved.recipe)
+        if as_json:
+            click.echo(json.dumps({"event": "validated", **asdict(compared)}))
+            return
+        click.echo(
+            f"{compared.model}: the chosen answer has the higher mean log-probability in "
+            f"{compared.accuracy:.1%} of {compared.pairs:,} validation pairs (by "
+            f"{compared.margin:.4f} nats/token on average)"
+        )
+        return
     with alive():
         result = validate(resolved.recipe)
     if as_json:

@@ -1,9 +1,9 @@
 """The recipe: every key, its one default and its range.
 
-Invariant: a default or a bound stands here (for ``adapter``, ``train`` and ``distill``, in the file
-of that name) and nowhere else; unknown keys are errors. The sections mirror the YAML (``adapter``,
-``quantize``, ``data``, ``train``, ``distill``, ``memory``), and each is the only configuration
-object of the component that reads it. Try it:
+Invariant: a default or a bound stands here (for ``adapter``, ``train``, ``distill`` and
+``preference``, in the file of that name) and nowhere else; unknown keys are errors. The sections
+mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``distill``, ``preference``,
+``memory``), and each is the only configuration object of the component that reads it. Try it:
 ``mlx-slim train smollm2-lora train.steps=3 --dry-run -o /tmp/run``.
 """
 
@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from mlx_slim.config.adapter import AdapterConfig
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.rounds import RoundsConfig
+from mlx_slim.config.preference import PreferenceConfig, PreferenceRows
 from mlx_slim.config.section import (
     LARGEST,
     Bytes,
@@ -189,6 +190,7 @@ class Recipe(Section):
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
         rounds: How the model answers prompts while it is trained (``distill.method=on-policy``).
+        preference: How answers are compared (DPO, ORPO, KTO, …); None learns each row's answer.
         forgetting: A general text that is measured while the run trains; None measures none.
         report_answers: Validation rows that are answered before and after training, for the page
             of the run; 0 none.
@@ -205,6 +207,7 @@ class Recipe(Section):
     forgetting: ForgettingConfig | None = None
     distill: DistillConfig | None = None
     rounds: RoundsConfig = RoundsConfig()
+    preference: PreferenceConfig | None = None
     memory: MemoryConfig = MemoryConfig()
     report_answers: Annotated[int, Field(ge=0, le=16)] = 3
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -218,6 +221,11 @@ class Recipe(Section):
     def has_rounds(self) -> bool:
         """Whether the model writes some of the rows that it is trained on."""
         return self.distill is not None and self.distill.sampled_fraction > 0
+
+    @property
+    def preference_rows(self) -> PreferenceRows | None:
+        """What a row is where answers are compared; None where each row's answer is learned."""
+        return None if self.preference is None else self.preference.rows
 
     @property
     def trains_weights(self) -> bool:
@@ -277,6 +285,20 @@ class Recipe(Section):
                 "rounds says how the model answers prompts in training, and nothing here makes it: "
                 "set distill.method=on-policy, or drop rounds"
             )
+        if self.preference is not None:
+            unfit = {
+                "distill": self.distill is not None,
+                "data.split=true": self.data.split is True,
+                "data.mask_prompt=false": not self.data.mask_prompt,
+                "data.learn=last": self.data.learn != "all",
+                f"data.format={self.data.format}": self.data.format != "auto",
+                "train.batching=packed": self.train.batching == "packed",
+            }
+            problems += [
+                f"{key} is set, and preference compares whole answers to a prompt: drop one of them"
+                for key, value in unfit.items()
+                if value
+            ]
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -26,7 +26,7 @@ from mlx_slim.data.collate import (
     to_the_end,
 )
 from mlx_slim.data.plans import Frame, Plan, Run
-from mlx_slim.data.shapes import BatchShapes, grouped_shapes, needed, packed_shapes
+from mlx_slim.data.shapes import BatchShapes, Shape, grouped_shapes, needed, packed_shapes
 
 __all__ = [
     "Batch",
@@ -56,6 +56,9 @@ class Batcher:
         seed: Of the shuffles.
         limit: Most shapes (B, T, N) that the micro-batches may have, padded to them
             (``data/shapes.py``); None leaves each as it is.
+        unit: Neighbouring rows of the store that stay together, such as both answers of a pair;
+            above 1 only ``grouped``. Shapes and plans are made of units, each as wide as its rows
+            side by side.
     """
 
     rows: RowStore
@@ -64,6 +67,7 @@ class Batcher:
     mode: Mode
     seed: int
     limit: int | None = None
+    unit: int = 1
 
     @cached_property
     def _firsts(self) -> np.ndarray:
@@ -71,7 +75,13 @@ class Batcher:
 
     @cached_property  # computed once: plans ask for it row by row
     def _lengths(self) -> np.ndarray:
-        return np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
+        """Positions that each unit takes, padded to its longest row."""
+        rows = np.maximum(self.rows.lengths - 1, 1)  # the last id is only a target
+        return rows.reshape(-1, self.unit).max(axis=1) * self.unit
+
+    @cached_property
+    def _supervised(self) -> np.ndarray:
+        return self.rows.supervised.reshape(-1, self.unit).sum(axis=1)
 
     def _rng(self, epoch: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch])
@@ -83,8 +93,8 @@ class Batcher:
     @cached_property
     def _grouped(self) -> tuple[BatchShapes, list[Run]]:
         assert self.limit is not None
-        supervised = self.rows.supervised
-        return grouped_shapes(self._lengths, supervised, self.batch_tokens, self.seed, self.limit)
+        settings = self.batch_tokens, self.seed, self.limit
+        return grouped_shapes(self._lengths, self._supervised, *settings)
 
     @cached_property
     def _packed(self) -> tuple[BatchShapes | None, int]:
@@ -102,20 +112,31 @@ class Batcher:
 
     @property
     def shapes(self) -> BatchShapes | None:
-        """The shapes of all micro-batches of all epochs; None where each has its own."""
+        """The shapes, in units, of all micro-batches of all epochs; None where each has its own."""
         if self.limit is None:
             return None
         return self._packed[0] if self.mode == "packed" else self._grouped[0]
 
     def plan(self, epoch: int) -> Plan:
         """Return the micro-batches of an epoch, as row numbers per sequence, in order."""
+        return [self._rows_of(groups) for groups in self._plan(epoch)]
+
+    def _rows_of(self, groups: list[list[int]]) -> list[list[int]]:
+        """Return the rows of units, a sequence each."""
+        if self.unit == 1:
+            return groups
+        return [[unit * self.unit + i] for (unit,) in groups for i in range(self.unit)]
+
+    def _plan(self, epoch: int) -> Plan:
+        """Return the micro-batches of an epoch as numbers of units."""
         rng = self._rng(epoch)
         if self.mode == "packed":
             batches = plans.in_batches(self._sequences(rng), self._packed[1])
         elif self.limit is None:
-            batches = plans.grouped(self._lengths // BUCKET, self._lengths, self.batch_tokens, rng)
+            classes = self._lengths // (BUCKET * self.unit)
+            batches = plans.grouped(classes, self._lengths, self.batch_tokens, rng)
         else:
-            dealt = [plans.deal(run, self.rows.supervised, rng) for run in self._grouped[1]]
+            dealt = [plans.deal(run, self._supervised, rng) for run in self._grouped[1]]
             batches = [[[row] for row in rows] for each in dealt for rows in each.tolist()]
         if self.shapes is not None:
             batches = self.shapes.fitted(batches)
@@ -124,12 +145,16 @@ class Batcher:
 
     def batch(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Build one micro-batch of a plan."""
-        batch = collate(self.rows, groups, firsts=self._firsts, isolate=self.mode == "packed")
+        batch = self._collated(groups, 0)
         if self.shapes is None:
             return batch
-        shape = self.shapes.of(groups)
+        units = [[row // self.unit for row in group] for group in groups[:: self.unit]]
+        shape = self.shapes.of(units)
         assert shape is not None, "a plan has fitting micro-batches only"
-        return padded(batch, shape)
+        return padded(batch, self._in_rows(shape))
+
+    def _in_rows(self, shape: Shape) -> Shape:
+        return Shape(shape.batch * self.unit, shape.width // self.unit, shape.targets)
 
     def largest_batch(self) -> Batch:
         """Build a micro-batch, for measuring only, as large as the largest of any epoch.
@@ -141,19 +166,21 @@ class Batcher:
         """
         lengths = self._lengths
         if self.shapes is not None:
-            shape = self.shapes.largest
-            row = int(np.where(lengths <= shape.width, lengths, 0).argmax())
-            return filled(self._collated([[row]] * shape.batch, shape.width), shape)
-        plan = self.plan(0)
+            unit = int(np.where(lengths <= self.shapes.largest.width, lengths, 0).argmax())
+            shape = self._in_rows(self.shapes.largest)
+            rows = self._rows_of([[unit]] * self.shapes.largest.batch)
+            return filled(self._collated(rows, shape.width), shape)
+        plan = self._plan(0)
         if self.mode == "grouped":
-            tallest = plans.tallest(lengths // BUCKET, lengths)
+            tallest = plans.tallest(lengths // (BUCKET * self.unit), lengths)
 
             def bound(groups: list[list[int]]) -> tuple[int, int]:
                 width = max(int(tallest[i]) for group in groups for i in group)
                 return len(groups) * width, width
 
             groups = max(plan, key=bound)
-            return to_the_end(self._collated(groups, bound(groups)[1]))
+            width = bound(groups)[1] // self.unit
+            return to_the_end(self._collated(self._rows_of(groups), width))
         total = int(lengths.sum())
         sequences = sorted(
             (group for groups in plan for group in groups),
@@ -167,16 +194,18 @@ class Batcher:
 
     def _collated(self, groups: Sequence[Sequence[int]], width: int) -> Batch:
         isolate = self.mode == "packed"
-        return collate(self.rows, groups, firsts=self._firsts, isolate=isolate, width=width)
+        settings = {"firsts": self._firsts, "isolate": isolate, "unit": self.unit}
+        return collate(self.rows, groups, width=width, **settings)
 
     def computed(self, epoch: int = 0) -> tuple[int, float]:
         """Return the positions computed in an epoch, and Σ B·T² (what attention costs)."""
-        plan = self.plan(epoch)
+        plan = self._plan(epoch)
         if self.shapes is None:
-            batch_M, width_M, _ = needed(plan, self._lengths, self.rows.supervised).T
+            batch_M, width_M, _ = needed(plan, self._lengths, self._supervised).T
         else:
             batch_M, width_M, _ = self.shapes.of_each(plan).T
-        return int((batch_M * width_M).sum()), float((batch_M * width_M.astype(float) ** 2).sum())
+        positions_M = batch_M * width_M
+        return int(positions_M.sum()), float((positions_M * (width_M / self.unit)).sum())
 
 
 def choose_mode(

@@ -81,6 +81,7 @@ class Batch:
         nodes: Of a batch whose rows share their beginnings: the one sequence is a list of nodes.
         sampled: Its rows are answers that the model wrote (``training/rounds.py``): ``sources_N``
             numbers the targets of these.
+        unit: Neighbouring rows that stay together, such as both answers of a pair.
     """
 
     tokens_BT: np.ndarray
@@ -95,6 +96,7 @@ class Batch:
     entropy: tuple[int, ...] = ()
     nodes: tuple[TokenNode, ...] | None = None
     sampled: bool = False
+    unit: int = 1
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.
@@ -106,11 +108,12 @@ class Batch:
             np.ones(len(self.targets_N), bool) if self.weights_N is None else self.weights_N > 0
         )
         batch = int(self.positions_N[targets].max()) // width + 1
-        count = min(count, batch)
+        count = min(count, batch // self.unit)
         if count <= 1:
             return [self]
         shards = []
-        for rows in np.array_split(np.arange(batch), count):
+        for units in np.array_split(np.arange(batch).reshape(-1, self.unit), count):
+            rows = units.reshape(-1)
             here = targets & np.isin(self.positions_N // width, rows)
             positions = self.positions_N[here] - rows[0] * width
             used = int((positions % width).max()) + 1  # later positions predict nothing
@@ -128,6 +131,7 @@ class Batch:
                 entropy=(*self.entropy, len(shards)) if self.entropy else (),
                 weights_N=None if weights is None or (weights == 1).all() else weights,
                 sampled=self.sampled,
+                unit=self.unit,
             )
             shards.append(shard)
         return shards
@@ -163,6 +167,7 @@ def collate(
     isolate: bool,
     width: int = 0,
     firsts: np.ndarray | None = None,
+    unit: int = 1,
 ) -> Batch:
     """Build a micro-batch.
 
@@ -172,6 +177,7 @@ def collate(
         isolate: Whether sequences are packed, so that segments are needed.
         width: Fewest positions of a sequence.
         firsts: ``first_targets(rows)``, where it was computed before.
+        unit: Neighbouring sequences that stay together.
     """
     firsts = first_targets(rows) if firsts is None else firsts
     sequences: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
@@ -216,6 +222,7 @@ def collate(
         rows=sum(len(group) for group in groups),
         lengths_BT=lengths_BT,
         weights_N=_joined(weights),
+        unit=unit,
     )
 
 

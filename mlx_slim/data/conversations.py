@@ -65,11 +65,11 @@ def is_prompt_list(value: Mapping[str, Any]) -> bool:
 
 def with_turns(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row whose ``prompt`` is a list of turns, where a table holds it as JSON text."""
-    parsed = {name: _turns_of(value.get(name)) for name in ("prompt", "completion")}
+    parsed = {name: turns_in_json(value.get(name)) for name in ("prompt", "completion")}
     return {**value, **{k: v for k, v in parsed.items() if v}} if parsed["prompt"] else value
 
 
-def _turns_of(text: Any) -> list[JsonObject] | None:
+def turns_in_json(text: Any) -> list[JsonObject] | None:
     """Return the turns that a text is in JSON; None if it is none."""
     if not isinstance(text, str) or not text.lstrip().startswith("["):
         return None

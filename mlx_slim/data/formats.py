@@ -27,6 +27,7 @@ EXPECTED = {
 COLUMNS = (
     *("instruction", "input", "output", "system"),
     *("messages", "conversations", "tools", "functions", "prompt", "completion", "text"),
+    *("chosen", "rejected", "label"),
 )
 
 
@@ -42,6 +43,7 @@ class Example:
         cut_turns: Turns after the last answer, left out because nothing is learned from them.
         weights: Loss weight of each message where the row gives them; None is 1 for every answer.
         notes: What is not done as the row says, for the ledger.
+        label: Whether the answer is wanted, where rows have labels (``preference_rows.py``).
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Example:
     cut_turns: int = 0
     weights: list[float] | None = None
     notes: tuple[str, ...] = ()
+    label: bool | None = None
 
     @property
     def turn_weights(self) -> list[float]:
@@ -110,6 +113,14 @@ def check_renamed(columns: Mapping[str, str], seen: set[str]) -> None:
         )
 
 
+def renamed_row(row: RawRow, columns: Mapping[str, str]) -> JsonObject:
+    """Return the columns of a row under our names; ``columns`` maps ours to the file's."""
+    present = {ours: theirs for ours, theirs in columns.items() if theirs in row.value}
+    taken = set(present.values())
+    renamed = {name: value for name, value in row.value.items() if name not in taken}
+    return renamed | {ours: row.value[theirs] for ours, theirs in present.items()}
+
+
 def read_example(
     row: RawRow,
     format: str,
@@ -132,9 +143,7 @@ def read_example(
         SlimError: If columns are missing or hold the wrong type.
     """
     present = {ours: theirs for ours, theirs in columns.items() if theirs in row.value}
-    taken = set(present.values())
-    renamed = {name: value for name, value in row.value.items() if name not in taken}
-    renamed |= {ours: row.value[theirs] for ours, theirs in present.items()}
+    renamed = renamed_row(row, columns)
     if "system" not in renamed and "system_prompt" in renamed:
         renamed["system"] = renamed.pop("system_prompt")
     recognized = _recognized_names(row, renamed) if format == "auto" else {}
@@ -262,7 +271,9 @@ def _wrong_columns(row: RawRow, format: str) -> SlimError:
     else:
         expected = f"{EXPECTED[format]} ({format})"
     hint = proposal(row.value, format)
-    if format != "auto" and (_complete(row.value) or recognised(row.value)):
+    if {"chosen", "rejected"} <= row.value.keys():
+        hint = f"compare the answers with preference.loss=sigmoid (DPO), or {hint}"
+    elif format != "auto" and (_complete(row.value) or recognised(row.value)):
         hint = "let the columns decide: data.format=auto"
     return SlimError(f"{row.place}: columns seen: {seen}; expected: {expected}", hint)
 

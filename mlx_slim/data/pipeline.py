@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import public_name
+from mlx_slim.config.preference import PreferenceRows
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data.formats import Dropped, Example, check_columns, read_example
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pieces import context_tokens, split
+from mlx_slim.data.preference_rows import SAME_ANSWERS, read_answers
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import RawRow, Source
 from mlx_slim.data.store import TokenRows
@@ -43,6 +45,15 @@ class PreparedRow:
     length: int  # tokens before truncation
     piece: int = 0  # number of the piece, where the row is cut into several,
     pieces: int = 1  # of so many
+    answer: int = 0  # number of the answer, where the row has several
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first of its row."""
+        return self.piece == 0 and self.answer == 0
+
+
+_Text = tuple[Example, Rendered]
 
 
 class Pipeline:
@@ -53,25 +64,35 @@ class Pipeline:
         tokenizer: The model's.
         max_length: Longest row, tokens.
         limit: The longest row that the model computes right; a longer one is refused.
+        preference: What a row is where answers are compared (``Recipe.preference_rows``).
 
     Raises:
         SlimError: If the settings or the tokenizer cannot be used.
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: Any, *, max_length: int, limit: RowLimit | None = None
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        limit: RowLimit | None = None,
+        preference: PreferenceRows | None = None,
     ) -> None:
         check_columns(config.columns)
         self.config, self.max_length, self.limit = config, max_length, limit
+        self.preference: PreferenceRows | None = preference
         self.context = context_tokens(config.split_overlap, max_length)
         self.template: Template = load_template(config.template, unwrap(tokenizer))
         self.encoder = RowEncoder(tokenizer, mask_prompt=config.mask_prompt)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.config, self.max_length, self.limit, self.context, self.encoder
+        settings = self.config, self.max_length, self.limit, self.preference
+        return *settings, self.context, self.encoder
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:  # in another process
-        self.config, self.max_length, self.limit, self.context, self.encoder = state
+        self.config, self.max_length, self.limit, self.preference, *state = state
+        self.context, self.encoder = state
         self.template = load_template(self.config.template, self.encoder.tokenizer)
 
     def rows(
@@ -87,62 +108,71 @@ class Pipeline:
     ) -> list[PreparedRow]:
         """Return the usable rows of some neighbouring ones; count the others in ``ledger``.
 
+        Both answers of a row that compares two are used, or neither.
+
         Raises:
             SlimError: About the first row that cannot be used and may not be dropped.
         """
-        texts: list[tuple[Example, Rendered] | str] = []  # or why the row is dropped
+        texts: list[list[_Text] | str] = []  # or why the row is dropped
         failure: SlimError | None = None
         for raw in rows:
             ledger.rows_read += 1
             try:
-                texts.append(self._text(raw, config, ledger))
+                texts.append(self._texts(raw, config, ledger))
             except Dropped as dropped:
                 texts.append(dropped.reason)
             except SlimError as error:
                 failure = error  # a row before it may be too long in tokens: that comes first
                 break
-        encoded = iter(self.encoder.encode([text[1] for text in texts if isinstance(text, tuple)]))
+        answers = [text for one in texts if isinstance(one, list) for text in one]
+        encoded = iter(self.encoder.encode([rendered for _, rendered in answers]))
         prepared: list[PreparedRow] = []
         for raw, text in zip(rows, texts, strict=False):
             if isinstance(text, str):
                 ledger.drop(text, raw)
                 continue
-            whole = next(encoded)
-            length = len(whole.ids_T)
+            whole = [next(encoded) for _ in text]
+            lengths = [len(row.ids_T) for row in whole]
             try:
-                if length > self.max_length and self.config.splits(text[0].kind):
-                    prepared += self._pieces(raw, *text, whole, ledger)
+                if lengths[0] > self.max_length and self.config.splits(text[0][0].kind):
+                    prepared += self._pieces(raw, *text[0], whole[0], ledger)
                     continue
-                tokens = self._fit(raw, whole)
+                fitted = self._fit(raw, whole)
             except Dropped as dropped:
                 ledger.drop(dropped.reason, raw)
                 continue
-            if length > len(tokens.ids_T):
-                ledger.truncate(raw, length - len(tokens.ids_T))
-            prepared.append(PreparedRow(raw, *text, tokens, length))
+            if missing := sum(lengths) - sum(len(row.ids_T) for row in fitted):
+                ledger.truncate(raw, missing)
+            for number, (one, tokens) in enumerate(zip(text, fitted, strict=True)):
+                prepared.append(PreparedRow(raw, *one, tokens, lengths[number], answer=number))
         if failure is not None:
             raise failure
         return prepared
 
-    def _text(
-        self, raw: RawRow, config: SourceConfig, ledger: SourceLedger
-    ) -> tuple[Example, Rendered]:
+    def _texts(self, raw: RawRow, config: SourceConfig, ledger: SourceLedger) -> list[_Text]:
+        """Return the text of a row; of one that compares two answers, the text with each."""
         if self.config.columns:
             ledger.columns |= raw.value.keys()
-        example = read_example(
-            raw,
-            config.format or self.config.format,
-            columns=self.config.columns,
-            system=config.system or self.config.system,
-            learn=self.config.learn,
-        )
-        rendered = self._render(raw, example)
-        if not self.config.splits(example.kind):
-            rendered = self._clip(raw, rendered, ledger)
-        ledger.read(example)
-        for note in (*example.notes, *rendered.notes):
+        named = {
+            "columns": self.config.columns,
+            "system": config.system or self.config.system,
+        }
+        if self.preference is None:
+            format = config.format or self.config.format
+            examples = [read_example(raw, format, learn=self.config.learn, **named)]
+        else:
+            examples = read_answers(raw, self.preference, **named)
+        texts = [(example, self._render(raw, example)) for example in examples]
+        # Both answers are cut on the left by as many tokens: those are known later.
+        if not self.config.splits(examples[0].kind) and (
+            len(texts) == 1 or self.config.truncation != "left"
+        ):
+            texts = [(example, self._clip(raw, row, ledger)) for example, row in texts]
+        ledger.read(examples[0])
+        notes = (note for example, row in texts for note in (*example.notes, *row.notes))
+        for note in dict.fromkeys(notes):
             ledger.note(note, raw)
-        return example, rendered
+        return texts
 
     def _render(self, raw: RawRow, example: Example) -> Rendered:
         try:
@@ -181,17 +211,21 @@ class Pipeline:
             "raise train.max_length, or choose data.truncation=drop, left or right, or data.split",
         )
 
-    def _fit(self, raw: RawRow, row: Tokens) -> Tokens:
-        """Apply the truncation policy to a row; a BOS in front stays there."""
-        if len(row.ids_T) > self.max_length:
-            row = self._cut(raw, row)
-        check_ids(self.encoder.tokenizer, row.ids_T, raw.place)
-        if not row.supervised_T.any():
-            raise Dropped("no supervised token left")
-        if self.limit is not None:
-            hint = f"set train.max_length={self.limit.tokens}, which drops or cuts longer rows"
-            self.limit.check(len(row.ids_T), raw.place, hint)
-        return row
+    def _fit(self, raw: RawRow, rows: list[Tokens]) -> list[Tokens]:
+        """Apply the truncation policy to the texts of a row; a BOS in front stays there."""
+        longest = max(len(row.ids_T) for row in rows)
+        if longest > self.max_length:
+            rows = [self._cut(raw, row, longest) for row in rows]
+        for row in rows:
+            check_ids(self.encoder.tokenizer, row.ids_T, raw.place)
+            if not row.supervised_T.any():
+                raise Dropped("no supervised token left")
+            if self.limit is not None:
+                hint = f"set train.max_length={self.limit.tokens}, which drops or cuts longer rows"
+                self.limit.check(len(row.ids_T), raw.place, hint)
+        if len(rows) == 2 and np.array_equal(rows[0].ids_T, rows[1].ids_T):
+            raise Dropped(SAME_ANSWERS)
+        return rows
 
     def _pieces(
         self, raw: RawRow, example: Example, rendered: Rendered, row: Tokens, ledger: SourceLedger
@@ -204,23 +238,25 @@ class Pipeline:
         if len(learned) < len(cut_rows):
             ledger.note("pieces without a token to learn, left out", raw)
         ledger.cut(raw, sum(len(part.ids_T) for part in cut_rows) - len(row.ids_T))
-        fitted = [self._fit(raw, part) for part in learned]
+        fitted = [self._fit(raw, [part])[0] for part in learned]
         return [
             PreparedRow(raw, example, rendered, part, len(part.ids_T), number, len(fitted))
             for number, part in enumerate(fitted)
         ]
 
-    def _cut(self, raw: RawRow, row: Tokens) -> Tokens:
+    def _cut(self, raw: RawRow, row: Tokens, longest: int) -> Tokens:
+        """Return a text cut; on the left, of as many tokens as the ``longest`` of its row."""
         length, limit = len(row.ids_T), self.max_length
         policy = self.config.truncation
         if policy == "error":
-            raise self._too_long(raw, f"{length:,} tokens")
+            raise self._too_long(raw, f"{longest:,} tokens")
         if policy == "drop":
             raise Dropped(self._reason)
-        indices = np.arange(limit)
+        excess = longest - limit if policy == "left" else max(0, length - limit)
+        indices = np.arange(max(1, length - excess))
         if policy == "left":
             head = int(row.ids_T[0] == self.encoder.bos)
-            indices[head:] += length - limit
+            indices[head:] += length - len(indices)
         supervised = row.supervised_T[indices]
         supervised[:1] = False
         weights = None if row.weights_T is None else row.weights_T[indices] * supervised
@@ -289,13 +325,17 @@ class ChunkTokenizer:
         """Tokenise one chunk."""
         ledger = SourceLedger("", "", 1.0, [])
         prepared = self.pipeline.chunk(task.rows, task.config, ledger)
-        begins = [row.piece == 0 for row in prepared]
-        tokens = TokenRows.of([row.tokens for row in prepared], begins)
+        labels = [row.example.label for row in prepared]
+        begins = [row.begins for row in prepared]
+        tokens = TokenRows.of([row.tokens for row in prepared], begins, labels)
         ledger.use(tokens)
-        texts = [
-            (row.raw._replace(value={}), row.example.texts) for row in prepared if row.piece == 0
-        ]
-        return TokenizedChunk(tokens, ledger, texts if self.texts else [])
+        texts: list[tuple[RawRow, list[str]]] = []
+        for row in prepared if self.texts else ():
+            if row.begins:
+                texts.append((row.raw._replace(value={}), row.example.texts))
+            elif row.answer:
+                texts[-1][1].extend(row.example.texts)
+        return TokenizedChunk(tokens, ledger, texts)
 
 
 def tokenize_source(

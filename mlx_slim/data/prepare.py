@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import atomic_folder, hash_json, remove_folder, write_json
+from mlx_slim.config.preference import PreferenceRows
 from mlx_slim.config.schema import DataConfig, SourceConfig
 from mlx_slim.data import overlap, sources
+from mlx_slim.data.collate import RowStore
 from mlx_slim.data.fingerprint import fingerprint_difference, source_fingerprint, without_rows
 from mlx_slim.data.formats import check_renamed
 from mlx_slim.data.ledger import LEDGER_FILE, SourceLedger, split_ledger, totals
@@ -30,8 +32,9 @@ from mlx_slim.data.pipeline import (
     tokenize_source,
 )
 from mlx_slim.data.sources import Source
-from mlx_slim.data.split import no_row_left, quotas, split_rows, weighted
+from mlx_slim.data.split import no_row_left, quotas, split_rows, weighted, whole_units
 from mlx_slim.data.store import TokenStore, TokenWriter
+from mlx_slim.data.with_prompts import WithPrompts
 from mlx_slim.data.workers import Workers
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.reading import JsonObject, library_errors, read_object, short
@@ -56,6 +59,8 @@ class Prepared:
         ledger: Every row accounted for (also in ``data_ledger.json``).
         fingerprint: What the rows were made from; compare with ``fingerprint_difference``.
         note: What a user should know of rows that an older version stored; empty otherwise.
+        unit: Neighbouring rows that stay together: 2 for both answers of a pair.
+        with_prompts: Of each unit's first row the prompt is learned too (``data/with_prompts.py``).
     """
 
     train: TokenStore
@@ -63,6 +68,28 @@ class Prepared:
     ledger: JsonObject
     fingerprint: JsonObject
     note: str = ""
+    unit: int = 1
+    with_prompts: bool = False
+
+    @property
+    def train_view(self) -> RowStore:
+        """The training rows as batches read them."""
+        return WithPrompts(self.train, self.unit) if self.with_prompts else self.train
+
+    @property
+    def validation_view(self) -> RowStore | None:
+        """The validation rows as batches read them."""
+        if self.validation is None or not self.with_prompts:
+            return self.validation
+        return WithPrompts(self.validation, self.unit)
+
+    @property
+    def prompted(self) -> TokenStore | None:
+        """The validation rows, one a prompt."""
+        rows = self.validation
+        if rows is None or self.unit == 1:
+            return rows
+        return TokenStore(rows.folder, index=rows.index[:: self.unit])
 
 
 # ---------------------------------------------------------------------------- the whole
@@ -79,6 +106,7 @@ def prepare(
     find: Callable[[SourceConfig], Source] = sources.find,
     processes: int | None = None,
     limit: RowLimit | None = None,
+    preference: PreferenceRows | None = None,
 ) -> Prepared:
     """Tokenise the rows of a recipe into ``folder/tokens`` and write ``folder/data_ledger.json``.
 
@@ -92,6 +120,8 @@ def prepare(
         find: Finds a source; a caller that knows tasks gives its own.
         processes: That tokenise; None takes one a core. The rows do not depend on it.
         limit: The longest row that all models that read the rows compute right.
+        preference: What a row is where answers are compared; both answers of a pair are
+            neighbours, the chosen one first.
 
     Raises:
         SlimError: On unusable sources or rows, each named with file and line.
@@ -99,7 +129,9 @@ def prepare(
     """
     if limit is not None and limit.tokens >= max_length:
         limit = None
-    pipeline = Pipeline(config, tokenizer, max_length=max_length, limit=limit)
+    pipeline = Pipeline(
+        config, tokenizer, max_length=max_length, limit=limit, preference=preference
+    )
     sources = [(find(source), source) for source in config.sources]
     validation_source = _validation_source(config, find)
     settings = {
@@ -119,6 +151,7 @@ def prepare(
             "max_rows": config.max_rows,
             **({"limit": limit.tokens} if limit else {}),  # rows kept from before it was known
         },
+        **({"preference": preference} if preference else {}),
     }
     tokens = folder / "tokens"
     state = tokens / "prepared.json"
@@ -211,7 +244,13 @@ def _open(tokens: Path, fingerprint: JsonObject, ledger: JsonObject) -> Prepared
     validation = None
     if len(chosen):
         validation = TokenStore(tokens / name, index=chosen, fingerprint=f"{key}:validation")
-    return Prepared(train, validation, ledger, fingerprint)
+    unit = unit_of(fingerprint)
+    return Prepared(train, validation, ledger, fingerprint, unit=unit)
+
+
+def unit_of(fingerprint: JsonObject) -> int:
+    """Return how many neighbouring rows stay together."""
+    return 2 if fingerprint.get("preference") == "pairs" else 1
 
 
 def _write(
@@ -226,6 +265,7 @@ def _write(
     seed: int,
 ) -> tuple[JsonObject, JsonObject]:
     """Read, tokenise, split; return the full fingerprint and the ledger."""
+    unit = unit_of(settings)
     writer = TokenWriter(folder / "rows")
     ledgers: list[SourceLedger] = []
     row_quotas = quotas(config.max_rows, [source.weight for _, source in sources])
@@ -265,9 +305,10 @@ def _write(
     else:
         validation, remaining = split_rows(config.validation, hashes, writer.texts(), seed)
         candidates = len(hashes) - len(validation)
+    remaining = whole_units(remaining, unit)
     if not len(remaining):
         raise no_row_left(candidates)
-    train = weighted(remaining, bounds, [source.weight for _, source in sources], seed)
+    train = weighted(remaining, bounds, [source.weight for _, source in sources], seed, unit)
     np.save(folder / "train.npy", train)
     np.save(folder / "validation.npy", validation)
     fingerprint = {
@@ -284,7 +325,12 @@ def _write(
         "truncation": config.truncation,
         "sources": [ledger.as_record() for ledger in ledgers],
         "totals": asdict(totals(ledgers, hashes)),
-        "split": split_ledger(config.validation, train, validation, candidates - len(remaining)),
+        "split": split_ledger(
+            config.validation,
+            train[::unit],
+            validation[::unit],
+            (candidates - len(remaining)) // unit,
+        ),
         "evaluation_overlap": checker.report(),
     }
     if validation_ledger:

@@ -36,15 +36,24 @@ class _Rows:
         inputs: Token ids of each row, up to its last supervised position.
         targets: Indices of each row's targets in the batch.
         positions: Of these in the row.
+        units: Number of the unit of each row (``Batch.unit``).
     """
 
     inputs: list[tuple[int, ...]]
     targets: list[np.ndarray]
     positions: list[np.ndarray]
+    units: list[int]
 
     def part(self, chosen: Sequence[int]) -> _Rows:
         """Return some of the rows, in their order."""
         return _Rows(*([column[i] for i in chosen] for column in vars(self).values()))
+
+    def cut(self, count: int) -> list[_Rows]:
+        """Return up to ``count`` parts of neighbouring rows, whole units each."""
+        order = list(dict.fromkeys(self.units))  # by the first row of each
+        parts = np.array_split(np.array(order), min(count, len(order)))
+        wanted = [set(part.tolist()) for part in parts]
+        return [self.part([i for i, u in enumerate(self.units) if u in units]) for units in wanted]
 
 
 def _rows_of(batch: Batch) -> _Rows:
@@ -58,7 +67,7 @@ def _rows_of(batch: Batch) -> _Rows:
         here = row_N == row
         positions = column_N[here]
         ids = tuple(batch.tokens_BT[row, : int(positions.max()) + 1].tolist())
-        rows.append((ids, targets[here], positions))
+        rows.append((ids, targets[here], positions, int(row) // batch.unit))
     rows.sort(key=lambda row: row[0])
     return _Rows(*(list(column) for column in zip(*rows, strict=True)))
 
@@ -109,11 +118,7 @@ def list_rows(batch: Batch, counts: Sequence[int] = (1,)) -> list[list[Batch]]:
         counts: Most shards of each way.
     """
     rows = _rows_of(batch)
-    ways = []
-    for count in counts:
-        cuts = np.array_split(np.arange(len(rows.inputs)), min(count, len(rows.inputs)))
-        ways.append([_listed(batch, rows.part(cut.tolist())) for cut in cuts])
-    return ways
+    return [[_listed(batch, part) for part in rows.cut(count)] for count in counts]
 
 
 def cost(batch: Batch) -> int:

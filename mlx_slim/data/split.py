@@ -45,11 +45,13 @@ def split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the validation rows, and of those that are left to train on.
 
-    A text that was cut into several rows is on one side with all of them.
+    A text that was cut into several rows is on one side with all of them, as are both answers of a
+    pair.
 
     Args:
         setting: ``data.validation``, a fraction below 1 or a count, of texts.
-        hashes: Of each row's tokens, (N,): a row that equals a validation row is not trained on.
+        hashes: Of each row's tokens, (N,): a row that equals a validation row is not trained on,
+            nor is a pair of which an answer does.
         texts: Number of the text that each row is, or is a piece of, ascending (N,).
         seed: Of the recipe.
 
@@ -62,17 +64,27 @@ def split_rows(
     return validation, others[~np.isin(hashes[others], hashes[validation])]
 
 
+def whole_units(rows_left: np.ndarray, unit: int) -> np.ndarray:
+    """Return those rows of which all ``unit`` rows of their unit are left."""
+    numbers, counts = np.unique(rows_left // unit, return_counts=True)
+    return rows_left[np.isin(rows_left // unit, numbers[counts == unit])]
+
+
 def weighted(
-    rows_left: np.ndarray, bounds: list[int], weights: list[float], seed: int
+    rows_left: np.ndarray, bounds: list[int], weights: list[float], seed: int, unit: int = 1
 ) -> np.ndarray:
-    """Return the training index: each source's rows as often as its weight says."""
+    """Return the training index: each source's rows as often as its weight says.
+
+    Each ``unit`` neighbouring rows, such as both answers of a pair, come together.
+    """
     indices: list[np.ndarray] = []
     for number, weight in enumerate(weights):
         rows = rows_left[(rows_left >= bounds[number]) & (rows_left < bounds[number + 1])]
         whole, rest = int(weight), weight - int(weight)
         generator = np.random.default_rng([seed, 2, number])
-        some = np.sort(generator.permutation(rows)[: round(rest * len(rows))])
-        indices += [rows] * whole + [some]
+        firsts = rows[::unit]
+        some = np.sort(generator.permutation(firsts)[: round(rest * len(firsts))])
+        indices += [rows] * whole + [(some[:, None] + np.arange(unit)).reshape(-1)]
     train = np.concatenate(indices)
     if not len(train):
         raise SlimError(

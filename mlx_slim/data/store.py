@@ -5,8 +5,9 @@ stores: a ``TokenStore`` is an index into it, so weights and the validation spli
 
 Layout of a folder (N rows, S their tokens): ``ids.bin`` int32 (S,), ``supervised.bin`` uint8 (S,),
 ``offsets.npy`` int64 (N + 1,), ``counts.npy`` int64 (N,); where some targets count other than once,
-``weights.bin`` float32 (S,), 0 for what is no target; where some rows are pieces of one text,
-``texts.npy`` int64 (N,), the number of each row's text.
+``weights.bin`` float32 (S,), 0 for what is no target; where some rows are pieces of one text, or
+answers to one prompt, ``texts.npy`` int64 (N,), the number of each row's text; where rows have
+labels, ``labels.npy`` bool (N,).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class TokenRows:
         hashes_R: uint64 hash of each row's ids.
         weights_S: float32 loss weights, None where every target's is 1.
         begins_R: bool, whether each row begins a text; None where all do, none being a later piece.
+        labels_R: bool, whether each row's answer is wanted; None where rows have no labels.
     """
 
     ids_S: np.ndarray
@@ -47,9 +49,15 @@ class TokenRows:
     hashes_R: np.ndarray
     weights_S: np.ndarray | None = None
     begins_R: np.ndarray | None = None
+    labels_R: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Tokens], begins: Sequence[bool] | None = None) -> TokenRows:
+    def of(
+        cls,
+        rows: Sequence[Tokens],
+        begins: Sequence[bool] | None = None,
+        labels: Sequence[bool | None] = (),
+    ) -> TokenRows:
         """Join rows; ``begins`` says which ones begin a text, None that all do."""
         ids = [np.ascontiguousarray(row.ids_T, np.int32) for row in rows]
         return cls(
@@ -62,6 +70,7 @@ class TokenRows:
             if all(row.weights_T is None for row in rows)
             else np.concatenate([_weights(row) for row in rows]),
             None if begins is None or all(begins) else np.array(begins, np.bool_),
+            None if None in labels or not labels else np.array(labels, np.bool_),
         )
 
     @property
@@ -92,6 +101,7 @@ class TokenWriter:
         self._counts = array("q")
         self._hashes = array("Q")
         self._begins = array("b")
+        self._labels = array("b")
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -110,6 +120,8 @@ class TokenWriter:
         self._hashes.frombytes(rows.hashes_R.tobytes())
         begins = np.ones(len(rows.lengths_R), np.bool_) if rows.begins_R is None else rows.begins_R
         self._begins.frombytes(begins.tobytes())
+        if rows.labels_R is not None:
+            self._labels.frombytes(rows.labels_R.tobytes())
 
     def _from_the_first_row(self) -> BinaryIO:
         """Open ``weights.bin`` and write the weights of the rows so far: 1 for every target."""
@@ -132,6 +144,8 @@ class TokenWriter:
         np.save(self.folder / "counts.npy", np.asarray(self._counts, np.int64))
         if not np.asarray(self._begins, np.bool_).all():
             np.save(self.folder / "texts.npy", self.texts())
+        if self._labels:
+            np.save(self.folder / "labels.npy", np.asarray(self._labels, np.bool_))
         return np.asarray(self._hashes, np.uint64)
 
     def texts(self) -> np.ndarray:
@@ -147,6 +161,7 @@ class TokenStore:
         supervised: Supervised targets of each row, int64 (N,).
         index: Number of each row among all rows of the folder, int64 (N,).
         texts: Number of the text that each row is, or is a piece of, int64 (N,).
+        labels: Whether each row's answer is wanted, bool (N,); None where rows have no labels.
         fingerprint: Hash of what the rows were made from, and of which rows these are.
     """
 
@@ -165,6 +180,8 @@ class TokenStore:
             self._weights = np.memmap(weights, np.float32, "r") if weights.is_file() else None
             pieces = folder / "texts.npy"
             texts = np.load(pieces) if pieces.is_file() else np.arange(len(counts))
+            wanted = folder / "labels.npy"
+            labels = np.load(wanted) if wanted.is_file() else None
         except (OSError, ValueError) as error:
             raise SlimError(
                 f"the tokenised rows in {folder} cannot be read: {error}",
@@ -173,7 +190,8 @@ class TokenStore:
         sizes = {len(self._ids), len(self._mask), offsets[-1] if len(offsets) else -1}
         if self._weights is not None:
             sizes.add(len(self._weights))
-        if len(offsets) != len(counts) + 1 or len(texts) != len(counts) or len(sizes) > 1:
+        rows = {len(one) for one in (counts, texts, labels) if one is not None}
+        if rows != {len(offsets) - 1} or len(sizes) > 1:
             raise SlimError(
                 f"the tokenised rows in {folder} are damaged", "remove the folder; it is made again"
             )
@@ -184,6 +202,7 @@ class TokenStore:
         self.lengths: np.ndarray = np.diff(offsets)[self.index]
         self.supervised: np.ndarray = counts[self.index]
         self.texts: np.ndarray = texts[self.index]
+        self.labels: np.ndarray | None = None if labels is None else labels[self.index]
 
     def __len__(self) -> int:
         return len(self.index)

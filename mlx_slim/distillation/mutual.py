@@ -11,7 +11,7 @@ positions, D width, V vocabulary. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, final
@@ -147,6 +147,13 @@ class MutualObjective:
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays`` and, of a padded batch, the weights of its targets."""
         return (*batch_arrays(batch), *target_weights(batch))
+
+    def weight(self, batch: Batch) -> float:
+        """Return the sum of the targets' loss weights."""
+        return batch.total_weight
+
+    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Do nothing: a token's loss needs no other token."""
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of both, Σ CE of each, and the mean of both Σ D, float32 (4,), nats."""

@@ -22,6 +22,7 @@ from mlx_slim.data.plans import Plan
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.objective import Columns
 from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
+from mlx_slim.finetuning.build import Tuned
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, world
 from mlx_slim.training.stop import StopRequest
@@ -131,7 +132,9 @@ class CachedTargets:
         """Return whether targets are missing."""
         return not all(one.complete for one in self.sets)
 
-    def generate(self, observer: events.Observer) -> bool:
+    from_student = False
+
+    def generate(self, observer: events.Observer, student: Tuned | None = None) -> bool:
         """Run the teachers, each alone in memory; return False if the user stopped it."""
         complete = True
         if world().rank() == 0:

@@ -20,12 +20,11 @@ from mlx_slim.adapters.start import read_start, start_from
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
 from mlx_slim.config.train import TrainConfig
-from mlx_slim.data.batches import Batcher, Mode, choose_mode
+from mlx_slim.data.batches import Batcher, Mode, RowStore, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
 from mlx_slim.data.shared import shared_fraction
 from mlx_slim.data.sources import Source
-from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
 from mlx_slim.finetuning.rounds import COMPILED_SHAPES
@@ -220,6 +219,7 @@ def prepare_data(
             unchanged=unchanged,
             find=find or finder(out),
             limit=limit,
+            preference=recipe.preference_rows,
         )
 
     if world().size() == 1:
@@ -305,7 +305,7 @@ def build_loop(
             "gradient is lost by checkpointing",
             "set train.grad_checkpoint=false",
         )
-    mode = config.batching
+    mode = config.batching if recipe.preference is None else "grouped"
     if mode != "grouped" and not structure.supports_packing(model):
         if mode == "packed":
             raise SlimError(
@@ -317,7 +317,9 @@ def build_loop(
     # A RoPE that looks at the length sees that of the packed sequence: it may not pass the rows'.
     length = min(config.max_length, boundary_of(model) or config.max_length)
 
-    def cheaper(rows: TokenStore, limit: int | None, shared: float = 1.0) -> Mode:
+    train_rows, validation_rows, unit = data.train_view, data.validation_view, data.unit
+
+    def cheaper(rows: RowStore, limit: int | None, shared: float = 1.0) -> Mode:
         balance = attention_balance(model, length, gpu=on_gpu(), fused=fused_here())
         sizes = config.batch_tokens, length, config.seed
         masked = balance.masked
@@ -327,17 +329,18 @@ def build_loop(
 
     # Of few shapes, those of rows of like length are padded most.
     validation_mode: Mode = "grouped"
-    if compiled and data.validation and mode != "grouped":
-        validation_mode = cheaper(data.validation, validation_limit)
+    if compiled and validation_rows and mode != "grouped":
+        validation_mode = cheaper(validation_rows, validation_limit)
     dropout = 0.0 if recipe.method == "full" else recipe.adapter.dropout
     sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, dropout, observer)
     shared = 1.0
     if sharing:
-        rows = Batcher(data.train, config.batch_tokens, length, "grouped", config.seed)
+        sizes = config.batch_tokens, length
+        rows = Batcher(train_rows, *sizes, "grouped", config.seed, unit=unit)
         shared = shared_fraction(rows)
         sharing = config.prefix_sharing is True or shared < 1 - _WORTH_SHARING
     if mode == "auto":
-        mode = cheaper(data.train, limit, shared if sharing else 1.0)
+        mode = cheaper(train_rows, limit, shared if sharing else 1.0)
     if sharing and mode == "grouped":
         text = f"rows share what they begin with: {1 - shared:.0%} fewer positions are computed"
         observer.notify(events.Notice(text))
@@ -357,17 +360,17 @@ def build_loop(
         validation_objective = validation_objective or objective
         objective = NoisyEmbeddings(objective, model, config.neftune_alpha)
 
-    def batcher(rows: TokenStore, mode: Mode, limit: int | None) -> Batcher:
-        return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit)
+    def batcher(rows: RowStore, mode: Mode, limit: int | None) -> Batcher:
+        return Batcher(rows, config.batch_tokens, length, mode, config.seed, limit, unit)
 
     return Loop(
         model=model,
         objective=objective,
         validation_objective=validation_objective,
         config=config,
-        batcher=batcher(data.train, mode, limit),
+        batcher=batcher(train_rows, mode, limit),
         validation=(
-            batcher(data.validation, validation_mode, validation_limit) if data.validation else None
+            batcher(validation_rows, validation_mode, validation_limit) if validation_rows else None
         ),
         observer=observer,
         checkpoints=out / "checkpoints",

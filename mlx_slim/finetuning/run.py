@@ -44,12 +44,7 @@ from mlx_slim.finetuning.run_dir import (
     run_dir,
     state_record,
 )
-from mlx_slim.finetuning.strategy import (
-    CrossEntropyStrategy,
-    Student,
-    TrainingStrategy,
-    base_folder,
-)
+from mlx_slim.finetuning.strategy import Student, TrainingStrategy, base_folder, plain_strategy
 from mlx_slim.finetuning.task_metric import validation_metric
 from mlx_slim.models import structure
 from mlx_slim.models.class_errors import class_errors
@@ -98,13 +93,7 @@ def finetune(
         Interrupted: Ctrl-C; the state is saved.
     """
     recipe = resolved.recipe
-    if strategy is None:
-        if recipe.distill is not None:
-            raise SlimError(
-                f"{resolved.source} has teachers (distill:), and this is plain fine-tuning",
-                f"use mlx-slim distill {resolved.source}, or drop them with distill=null",
-            )
-        strategy = CrossEntropyStrategy()
+    strategy = strategy or plain_strategy(resolved)
     for notice in resolved.notices:
         observer.notify(events.Notice(notice, "warning"))
     with (
@@ -155,20 +144,24 @@ def _run(
     fresh = not started or resume_plan.grown
     state = state_record(resolved, built.data, resume_plan.extended) if fresh else None
     from_first_rank(partial(begin, out, state, "" if started else resolved.text))
-    if strategy.targets is not None and strategy.targets.missing():  # the student makes room
-        del built
-        gc.collect()
-        mx.clear_cache()
-        if not strategy.targets.generate(observer):
+    if strategy.targets is not None and strategy.targets.missing():
+        student = built.tuned if strategy.targets.from_student else None
+        if student is None:  # the student makes room
+            del built
+            gc.collect()
+            mx.clear_cache()
+        if not strategy.targets.generate(observer, student):
             raise Interrupted("stopped while targets were computed; the targets so far are saved")
         mx.clear_cache()
         mx.reset_peak_memory()
-        if first and newest is None:
-            metrics.clear()  # its events are written again
-        built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
-        built.loop.extend(resume_plan.extended)
+        if student is None:
+            if first and newest is None:
+                metrics.clear()  # its events are written again
+            built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
+            built.loop.extend(resume_plan.extended)
+        del student
     tuned, loop = built.tuned, built.loop
-    tokenizer, validation = tuned.loaded.tokenizer, built.data.validation
+    tokenizer, validation = tuned.loaded.tokenizer, built.data.prompted
     if first and newest is not None:
         saved = events.Saved(int(newest.name[5:]), f"{newest.parent.name}/{newest.name}")
         metrics.rewind(saved, loop.peek(newest)[1])

@@ -19,8 +19,10 @@ from mlx_slim import events
 from mlx_slim.adapters.inject import without_adapters
 from mlx_slim.adapters.stack import load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import save_adapter
+from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.prepare import Prepared
+from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, from_rows, prepare_data, prepare_model
 from mlx_slim.finetuning.qat_save import save_quantized
 from mlx_slim.finetuning.rounds import RoundScorer
@@ -69,7 +71,12 @@ class Student(Protocol):
 
 
 class TargetGeneration(Protocol):
-    """Targets that must be computed while the student is not loaded."""
+    """Targets that must be computed before the first step."""
+
+    @property
+    def from_student(self) -> bool:
+        """Whether the untrained student computes them; else it is not loaded meanwhile."""
+        ...
 
     def check_disk(self, out: Path) -> None:
         """Refuse to start when the disk cannot hold the targets.
@@ -83,8 +90,13 @@ class TargetGeneration(Protocol):
         """Return whether some targets are not there yet."""
         ...
 
-    def generate(self, observer: events.Observer) -> bool:
-        """Compute the missing targets; return False if it was interrupted."""
+    def generate(self, observer: events.Observer, student: Tuned | None) -> bool:
+        """Compute the missing targets; return False if it was interrupted.
+
+        Args:
+            observer: Hears of it.
+            student: Untrained, if it computes them.
+        """
         ...
 
 
@@ -201,6 +213,26 @@ class CrossEntropyStrategy:
     def record(self) -> JsonObject:
         """Return nothing: the recipe describes it."""
         return {}
+
+
+def plain_strategy(resolved: Resolved) -> CrossEntropyStrategy:
+    """Return the strategy of a recipe that says nothing else than its rows.
+
+    Raises:
+        SlimError: If it does.
+    """
+    recipe, source = resolved.recipe, resolved.source
+    if recipe.distill is not None:
+        raise SlimError(
+            f"{source} has teachers (distill:), and this is plain fine-tuning",
+            f"use mlx-slim distill {source}, or drop them with distill=null",
+        )
+    if recipe.preference is not None:
+        raise SlimError(
+            f"{source} compares answers (preference:), and this is plain fine-tuning",
+            f"use mlx-slim train {source}, or drop the section with preference=null",
+        )
+    return CrossEntropyStrategy()
 
 
 def planned_config(recipe: Recipe, tuned: Tuned) -> ModelConfig:

@@ -24,9 +24,9 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.plan import read_tasks
 from mlx_slim.events import Notice, Observer
-from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE as TUNE_STATE
 from mlx_slim.models.load import read_config
+from mlx_slim.preferences.run import train as fine_tune
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.records import (
@@ -93,7 +93,7 @@ def run_recovery(resolved: Resolved, out: Path, observer: Observer, *, resume: b
     Raises:
         SlimError, ResourceError, Interrupted: As ``finetune`` and ``distill``.
     """
-    train = finetune if resolved.recipe.distill is None else distill
+    train = fine_tune if resolved.recipe.distill is None else distill
     result = train(resolved, out, observer=observer, resume=resume)
     return out / result.artifact
 

@@ -20,8 +20,8 @@ from mlx_slim.distillation.run import distill
 from mlx_slim.errors import DivergedError, Interrupted, SlimError
 from mlx_slim.events import Broadcast, Event, Observer, Started, ValidationDone
 from mlx_slim.finetuning.report import events_of
-from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import STATE_FILE, Result, read_result
+from mlx_slim.preferences.run import train as fine_tune
 from mlx_slim.sweeping.records import (
     Curve,
     TrialOutcome,
@@ -70,7 +70,7 @@ def train(resolved: Resolved, run: Path, observer: Observer) -> Result:
         SlimError: As ``finetune`` and ``distill``.
     """
     started = (run / STATE_FILE).exists()
-    learn = finetune if resolved.recipe.distill is None else distill
+    learn = fine_tune if resolved.recipe.distill is None else distill
     result = learn(resolved, run, observer=observer, resume=started)
     free()
     return result

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_slim import events
 from mlx_slim.config.train import TrainConfig
@@ -263,19 +262,15 @@ class Loop:
             yield next(steps)
 
     def _batches(self, plan: Plan) -> Iterator[Batch]:
-        """Yield this rank's micro-batches, each with the random state of its dropout."""
+        """Yield this rank's micro-batches, each with what its dropout is drawn from."""
         step = self.state.step
         for index in range(world().rank(), len(plan), world().size()):
             entropy = (self.config.seed, step, index)
             answers = None if self.rounds is None else self.rounds.batches(step, index)
             if answers is None:
-                yield self._seeded(self.batcher.batch(plan[index]), entropy)
+                yield replace(self.batcher.batch(plan[index]), entropy=entropy)
             for number, batch in enumerate(answers or ()):
-                yield self._seeded(batch, (*entropy, number))
-
-    def _seeded(self, batch: Batch, entropy: tuple[int, ...]) -> Batch:
-        mx.random.seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        return replace(batch, entropy=entropy)
+                yield replace(batch, entropy=(*entropy, number))
 
     def update(self, batches: Iterable[Batch]) -> tuple[StepResult, float, float]:
         """Take one optimizer step; return what was measured, the gradient norm and the rate."""

@@ -160,27 +160,32 @@ class NLL:
     ) -> tuple[mx.array, LogitsGradient]:
         """Return the sum and softmax − one-hot, weighted."""
         targets_C, *weights = columns
-        target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
-        peak_C1 = logits_CV.max(axis=-1, keepdims=True)
-        exp_CV = exp(logits_CV - peak_C1)
-        total_C1 = row_sums(exp_CV)
-        nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
+        nll_C, plain = nll_and_gradient(logits_CV, targets_C)
         if not weights:
-            return nll_C1.sum(), LogitsGradient(exp_CV, total_C1, targets_C=targets_C)
-        weights_C = weights[0]
-        logits_gradient = LogitsGradient(exp_CV, total_C1, weights_C, targets_C, weights_C)
-        return weighted_sum(nll_C1[:, 0], weights_C), logits_gradient
+            return nll_C.sum(), plain
+        logits_gradient = replace(plain, normalizer_C=weights[0], label_weight_C=weights[0])
+        return weighted_sum(nll_C, weights[0]), logits_gradient
+
+
+def nll_and_gradient(logits_CV: mx.array, targets_C: mx.array) -> tuple[mx.array, LogitsGradient]:
+    """Return −log softmax(logits)[target] of each row (C,), and the gradient of the rows' sum."""
+    target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+    peak_C1 = logits_CV.max(axis=-1, keepdims=True)
+    exp_CV = exp(logits_CV - peak_C1)
+    total_C1 = row_sums(exp_CV)
+    nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
+    return nll_C1[:, 0], LogitsGradient(exp_CV, total_C1, targets_C=targets_C)
 
 
 # Hidden states, columns and parameters of a chunk, and the gradients so far -> the chunk's sum, its
 # gradient by the hidden states, and the gradients with its own added.
-_Part = Callable[
+HeadPart = Callable[
     [mx.array, list[mx.array], list[mx.array], list[mx.array]],
     tuple[mx.array, mx.array, list[mx.array]],
 ]
 
 
-def _chunks(arrays: Sequence[mx.array], chunk: int, done: list[mx.array]) -> Iterator[list]:
+def chunks(arrays: Sequence[mx.array], chunk: int, done: list[mx.array]) -> Iterator[list]:
     """Yield ``arrays`` in chunks of rows, each to be computed after what is in ``done`` by then.
 
     Without the dependency the scheduler is free to make the logits of all chunks at once.
@@ -195,7 +200,7 @@ def _fused(
     parameters: list[mx.array],
     columns: tuple[mx.array, ...],
     chunk: int,
-    part: _Part,
+    part: HeadPart,
 ) -> mx.array:
     """Return the sum; its gradients by hidden and parameters are outputs of the forward pass."""
 
@@ -205,7 +210,7 @@ def _fused(
         by_hidden: list[mx.array] = []
         by_parameters = [mx.zeros(value.shape, dtype=mx.float32) for value in parameters]
         done: list[mx.array] = []
-        for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+        for hidden_CD, *cut in chunks((hidden_ND, *columns), chunk, done):
             value, gradient_CD, by_parameters = part(hidden_CD, cut, parameters, by_parameters)
             total = total + value
             by_hidden.append(gradient_CD.astype(hidden_ND.dtype))
@@ -232,8 +237,8 @@ def _fused(
     return cast(list[mx.array], forward(hidden_ND, parameters))[0]
 
 
-def _by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -> _Part:
-    """Return the ``_Part`` of a head that is one matrix, trained if there are parameters."""
+def by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -> HeadPart:
+    """Return the ``HeadPart`` of a head that is one matrix, trained if there are parameters."""
     bias_V = head.module.get("bias")
 
     def part(
@@ -256,8 +261,8 @@ def _by_logits_gradient(token_loss: TokenLoss, head: Head, weight: HeadWeight) -
     return part
 
 
-def _by_autodiff(token_loss: TokenLoss, head: Head, paths: list[str]) -> _Part:
-    """Return the ``_Part`` of any other head, such as one with an adapter."""
+def by_autodiff(token_loss: TokenLoss, head: Head, paths: list[str]) -> HeadPart:
+    """Return the ``HeadPart`` of any other head, such as one with an adapter."""
 
     def loss(
         hidden_CD: mx.array, parameters: list[mx.array], columns: list[mx.array]
@@ -291,7 +296,7 @@ def _forward_only(
 ) -> mx.array:
     total = mx.zeros((), dtype=mx.float32)
     done: list[mx.array] = []
-    for hidden_CD, *cut in _chunks((hidden_ND, *columns), chunk, done):
+    for hidden_CD, *cut in chunks((hidden_ND, *columns), chunk, done):
         total = total + token_loss.value(head(hidden_CD), *cut)
         done[:] = [total]
     return total
@@ -326,15 +331,15 @@ def linear_loss(
     module = head.module
     named = cast(list[tuple[str, mx.array]], tree_flatten(module.trainable_parameters()))
     paths, parameters = [path for path, _ in named], [value for _, value in named]
-    weight = _plain_weight(module, dense_VD)
+    weight = plain_weight(module, dense_VD)
     if weight is None or paths not in ([], ["weight"], ["weight", "bias"]):
-        part = _by_autodiff(token_loss, head, paths)
+        part = by_autodiff(token_loss, head, paths)
     else:
-        part = _by_logits_gradient(token_loss, head, weight)
+        part = by_logits_gradient(token_loss, head, weight)
     return _fused(hidden_ND, parameters, columns, chunk, part)
 
 
-def _plain_weight(module: nn.Module, dense_VD: mx.array | None) -> HeadWeight | None:
+def plain_weight(module: nn.Module, dense_VD: mx.array | None) -> HeadWeight | None:
     """Return the weight of a head that is nothing but a matrix, else None."""
     if type(module) in (nn.Linear, nn.Embedding):
         return DenseWeight(module["weight"])

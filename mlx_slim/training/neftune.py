@@ -14,7 +14,7 @@ Legend: B sequences, T positions, D width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -91,6 +91,14 @@ class NoisyEmbeddings:
     def sharing(self) -> contextlib.AbstractContextManager[None]:
         """As that of the objective."""
         return getattr(self.objective, "sharing", contextlib.nullcontext)()
+
+    def weight(self, batch: Batch) -> float:
+        """As that of the objective."""
+        return self.objective.weight(batch)
+
+    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """As that of the objective; what it measures has no noise."""
+        self.objective.begin_step(model, batches)
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return the objective's arrays, after alpha/√L of each position (B, T) and the key."""

@@ -1,8 +1,9 @@
 """One optimizer step: micro-batches in, an exact token-mean gradient out.
 
 Invariant: the step's loss is Σ w · NLL / Σ w over the supervised tokens of all micro-batches and
-all ranks (w is 1 unless a row weighs its turns), never a mean of means; so cutting the same rows
-into other micro-batches or onto other ranks gives the same gradient up to rounding. Nothing is
+all ranks (w is 1 unless a row weighs its turns), or Σ loss / pairs, never a mean of means; so
+cutting the same rows into other micro-batches or onto other ranks gives the same gradient up to
+rounding. Nothing is
 updated when the loss is not finite.
 Legend: B sequences, T positions, N supervised positions, D width.
 """
@@ -10,6 +11,7 @@ Legend: B sequences, T positions, N supervised positions, D width.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,7 @@ Arrays = tuple[Any, ...]
 
 
 class Objective(Protocol):
-    """What a loop minimises: Σ loss over the supervised positions of a batch, in nats.
+    """What a loop minimises: Σ loss of a batch, in nats, over Σ ``weight`` of the step's batches.
 
     Attributes:
         metrics: Names of what it reports besides the loss, sums of the same kind.
@@ -57,6 +59,19 @@ class Objective(Protocol):
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """Return what ``batch`` counts: its supervised tokens, or its pairs of answers."""
+        ...
+
+    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Measure what the loss of each batch needs of all; called by all ranks, before ``arrays``.
+
+        Args:
+            model: In the mode of what follows.
+            batches: Of the step, or of a validation: this rank's.
+        """
         ...
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
@@ -111,6 +126,13 @@ class CrossEntropy:
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays`` and, where targets have weights, these."""
         return (*batch_arrays(batch), *target_weights(batch, self._weights_S))
+
+    def weight(self, batch: Batch) -> float:
+        """Return the sum of the targets' loss weights: their number where these are 1."""
+        return batch.total_weight
+
+    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Do nothing: a token's loss needs no other token."""
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ loss of the targets, float32, nats."""
@@ -183,12 +205,13 @@ class StepResult:
     """What a step measured, summed over all ranks.
 
     Attributes:
-        loss: Σ NLL / Σ supervised tokens, nats; weighted where rows weigh their turns.
+        loss: Σ NLL / Σ supervised tokens, nats; weighted where rows weigh their turns; of pairs of
+            answers, Σ loss / pairs.
         gradients: path -> float32 gradient of that loss.
         supervised: Σ supervised tokens.
         tokens: Σ real tokens.
         computed: Σ positions computed.
-        metrics: What the objective reports besides, per supervised token too.
+        metrics: What the objective reports besides, per token or pair too.
     """
 
     loss: float
@@ -199,16 +222,17 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def per_token(
+def means(
     objective: Objective, sums: mx.array | np.ndarray, weight: float
 ) -> tuple[float, dict[str, float]]:
-    """Return the loss and the metrics of ``objective`` per supervised token, from their sums.
+    """Return the loss and the metrics of ``objective`` per token or pair, from their sums.
 
-    ``weight`` is the sum of the tokens' loss weights: ``Batch.total_weight``.
+    A metric that is not a number was not measured, and is left out. ``weight`` is the sum of
+    ``Objective.weight``.
     """
     first, *others = [float(value) for value in np.array(sums).reshape(-1)]
     metrics = zip(objective.metrics, others, strict=True)
-    return first / weight, {name: value / weight for name, value in metrics}
+    return first / weight, {k: value / weight for k, value in metrics if not math.isnan(value)}
 
 
 def total_weight(weight: float) -> float:
@@ -313,12 +337,20 @@ class Stepper:
         return sums, gradients
 
     def step(self, batches: Iterable[Batch]) -> StepResult:
-        """Return loss and gradient over ``batches`` (those of this rank; there may be none)."""
+        """Return loss and gradient over ``batches`` (those of this rank; there may be none).
+
+        What is random in a batch is drawn from its ``entropy``, if it has any.
+        """
+        batches = list(batches)
+        self.objective.begin_step(self.model, batches)
         gradients: dict[str, mx.array] = {}
         sums = mx.zeros((1 + len(self.objective.metrics),), dtype=mx.float32)
         supervised = tokens = computed = 0
         weight = 0.0
         for batch in batches:
+            if batch.entropy:
+                entropy = np.random.SeedSequence(batch.entropy)
+                mx.random.seed(int(entropy.generate_state(1)[0]))
             micro_sums, values, positions = self._micro(batch)
             sums = sums + micro_sums
             for path, value in values.items():
@@ -326,7 +358,7 @@ class Stepper:
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
             mx.eval(sums, gradients)
             supervised += batch.supervised_tokens
-            weight += batch.total_weight
+            weight += self.objective.weight(batch)
             tokens += batch.real_tokens
             computed += positions
         group = world()
@@ -343,7 +375,7 @@ class Stepper:
                 for count in (supervised, tokens, computed)
             )
             weight = total_weight(weight)
-        loss, metrics = per_token(self.objective, sums, weight)
+        loss, metrics = means(self.objective, sums, weight)
         return StepResult(
             loss=loss,
             gradients={path: value / weight for path, value in gradients.items()},

@@ -17,7 +17,7 @@ from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.progress import tracked
 from mlx_slim.runtime import to_float, world
 from mlx_slim.training.optim import set_trainable, trainable
-from mlx_slim.training.step import Objective, per_token, total_weight
+from mlx_slim.training.step import Objective, means, total_weight
 
 
 class LossScorer:
@@ -57,23 +57,24 @@ class LossScorer:
 def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
     """Return Σ loss / Σ supervised tokens of all rows (nats), the metrics, the supervised tokens.
 
-    Weighted where rows weigh their turns. The rows and their order are fixed; each rank
-    computes some of the micro-batches.
+    Weighted where rows weigh their turns; of pairs of answers, Σ loss / pairs. The rows and their
+    order are fixed; each rank computes some of the micro-batches.
     """
     model, objective = scorer.model, scorer.objective
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised, weight = np.zeros(1 + len(objective.metrics)), 0, 0.0
     plan = batcher.plan(0)[world().rank() :: world().size()]
+    objective.begin_step(model, map(batcher.batch, plan))
     for groups in tracked(plan, "validating", "micro-batches"):
         batch = batcher.batch(groups)
         sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens
-        weight += batch.total_weight
+        weight += objective.weight(batch)
     model.train()
     if world().size() > 1:
         total = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
         sums = np.array(total, dtype=np.float64)
         supervised = int(to_float(mx.distributed.all_sum(mx.array(supervised), group=world())))
         weight = total_weight(weight)
-    return *per_token(objective, sums, weight), supervised
+    return *means(objective, sums, weight), supervised

@@ -171,7 +171,10 @@ def test_pairs_of_answers_are_read_as_the_chosen_one_where_the_hint_is_followed(
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
     with pytest.raises(SlimError) as refused:
         read({"prompt": "Hi", "chosen": turns, "rejected": turns})
-    assert refused.value.hint == "name the columns: 'data.columns={messages: chosen}'"
+    assert refused.value.hint == (
+        "compare the answers with preference.loss=sigmoid (DPO), or name the columns: "
+        "'data.columns={messages: chosen}'"
+    )
     with pytest.raises(SlimError) as refused:
         read({"prompt": "Hi", "answers": ["Yes."]})  # a question alone is not text to learn
     assert "text:" not in refused.value.hint

@@ -1,0 +1,1 @@
+"""Preference tuning: DPO, IPO, ORPO, SimPO and KTO over pairs of answers or labelled answers."""
