@@ -20,6 +20,7 @@ from mlx_slim.progress import tracked
 from mlx_slim.reading import JsonObject
 
 if TYPE_CHECKING:
+    from mlx_slim.config.preference import PreferenceRows
     from mlx_slim.config.schema import DataConfig
     from mlx_slim.data.pipeline import Pipeline
 
@@ -105,7 +106,7 @@ def overlap(source: str, overrides: tuple[str, ...], data_dir: str | None, as_js
     """Count the rows that hold questions of the evaluation data."""
     from mlx_slim.data.overlap import Checker
 
-    config = _data_config(source, overrides)
+    config, preference = _data_config(source, overrides)
     checker = Checker.from_mirror(data_dir)
     if checker.index is None:
         raise SlimError(
@@ -113,7 +114,9 @@ def overlap(source: str, overrides: tuple[str, ...], data_dir: str | None, as_js
             "name the data mirror with --data-dir or MLX_SLIM_DATA",
         )
     with alive():
-        for place, texts in tracked(_texts(config), "comparing with the evaluation data", "rows"):
+        for place, texts in tracked(
+            _texts(config, preference), "comparing with the evaluation data", "rows"
+        ):
             checker.add(place, texts)
     report = checker.report()
     if as_json:
@@ -123,8 +126,10 @@ def overlap(source: str, overrides: tuple[str, ...], data_dir: str | None, as_js
     show_next(step("see the rows", "mlx-slim", "data", "preview", "RECIPE", f"data.path={source}"))
 
 
-def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
-    """Return the data section of a recipe, or one that names the file."""
+def _data_config(
+    source: str, overrides: tuple[str, ...]
+) -> tuple[DataConfig, PreferenceRows | None]:
+    """Return the data section of a recipe and its kind of rows, or one that names the file."""
     from pathlib import Path
 
     from mlx_slim.config.load import load_recipe
@@ -137,33 +142,37 @@ def _data_config(source: str, overrides: tuple[str, ...]) -> DataConfig:
             raise SlimError(
                 f"{source} is data, and KEY=VALUE needs a recipe", "leave out KEY=VALUE"
             )
-        return DataConfig(path=source)
-    return load_recipe(source, overrides).recipe.data
+        return DataConfig(path=source), None
+    recipe = load_recipe(source, overrides).recipe
+    return recipe.data, recipe.preference_rows
 
 
-def _texts(config: DataConfig) -> Iterator[tuple[Any, list[str]]]:
+def _texts(
+    config: DataConfig, preference: PreferenceRows | None
+) -> Iterator[tuple[Any, list[str]]]:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
     from mlx_slim.data.formats import Dropped, check_columns, check_renamed, read_example
+    from mlx_slim.data.preference_rows import read_answers
     from mlx_slim.evaluation.tasks.training_rows import finder
 
     check_columns(config.columns)
+    named = {"columns": config.columns, "system": config.system}
     seen: set[str] = set()
     with TemporaryDirectory() as folder:
         for source_config in config.sources:
             for raw in finder(Path(folder))(source_config):
                 seen |= raw.value.keys() & set(config.columns.values())
                 try:
-                    example = read_example(
-                        raw,
-                        source_config.format or config.format,
-                        columns=config.columns,
-                        system=config.system,
-                    )
+                    if preference is None:
+                        format = source_config.format or config.format
+                        examples = [read_example(raw, format, **named)]
+                    else:
+                        examples = read_answers(raw, preference, **named)
                 except Dropped:
                     continue
-                yield raw, example.texts
+                yield raw, [text for example in examples for text in example.texts]
     check_renamed(config.columns, seen)
 
 

@@ -12,6 +12,7 @@ import click
 
 from mlx_slim.cli.options import alive, refuse_model, run_options, show_next
 from mlx_slim.config.load import Resolved, load_recipe, render
+from mlx_slim.config.preference import loss_unit
 from mlx_slim.config.schema import Method
 from mlx_slim.errors import SlimError
 
@@ -222,7 +223,8 @@ def go(
     ):
         observer = events.Broadcast([console, trackers])
         result = workflow(resolved, folder, observer=observer, resume=resume)
-        console.summary(f"{resolved.name}: done", summary_rows(result))
+        unit = loss_unit(resolved.recipe.preference_rows)
+        console.summary(f"{resolved.name}: done", summary_rows(result, unit))
     if mode == "auto" and world().rank() == 0:
         command = "train" if resolved.recipe.distill is None else "distill"
         rows = [one.path for one in resolved.recipe.data.sources]

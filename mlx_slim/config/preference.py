@@ -74,3 +74,8 @@ class PreferenceConfig(Section):
                 "share of pairs that are the wrong way round, such as 0.1"
             )
         return self
+
+
+def loss_unit(has: Literal["pairs", "labels"] | None) -> str:
+    """Return what a loss is counted by, for a sentence; ``has`` is ``Recipe.preference_rows``."""
+    return {"pairs": "a pair", "labels": "a row", None: "nats/token"}[has]

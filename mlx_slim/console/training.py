@@ -64,6 +64,17 @@ def _metrics(metrics: dict[str, float] | None) -> str:
     return f" ({', '.join(each)})"
 
 
+def _short_metrics(metrics: dict[str, float] | None) -> str:
+    """Return the metrics for the live view: of preferences margin and accuracies, else all."""
+    if not metrics or "rewards/margins" not in metrics:
+        return _metrics(metrics)
+    text = f"  margin {metrics['rewards/margins']:+.3f}"
+    for label, name in (("reward", "rewards/accuracies"), ("policy", "policy/accuracies")):
+        if name in metrics:
+            text += f"  {label} accuracy {metrics[name]:.0%}"
+    return text
+
+
 def _figure(event: TaskValidated) -> str:
     return f"{event.metric} {event.value:.1%}"
 
@@ -241,7 +252,7 @@ class TrainingView:
         if p.validating is not None:
             validation = f"{p.validating:.0%} of the rows …"
         elif p.validation:
-            validation = f"{p.validation.loss:.4f}{_metrics(p.validation.metrics)}"
+            validation = f"{p.validation.loss:.4f}{_short_metrics(p.validation.metrics)}"
         if p.task:
             validation = f"{_figure(p.task)}" + f"  loss {validation}" * (validation != "–")
         if p.forgetting:
@@ -249,9 +260,12 @@ class TrainingView:
         best = f"{p.best.loss:.4f} at step {p.best.step}" if p.best else "–"
         if p.best_task:
             best = f"{_figure(p.best_task)} at step {p.best_task.step}"
+        compared = ""
+        if step and step.metrics and "rewards/margins" in step.metrics:
+            compared = _short_metrics(step.metrics)
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [
-            ("loss", f"{p.smoothed:.4f}  last {step.loss:.4f}  {curve}" if step else "–"),
+            ("loss", f"{p.smoothed:.4f}  last {step.loss:.4f}{compared}  {curve}" if step else "–"),
             ("validation", validation),
             ("epoch", f"{step.epoch:.2f}{epochs}" if step else "–"),
             ("best", best),

@@ -87,12 +87,12 @@ def describe(folder: Path, card: Card) -> None:
 def _run(record: JsonObject, card: Card) -> None:
     recipe, done = record.get("recipe", {}), record.get("result", {}).get("done", {})
     train, data = recipe.get("train", {}), recipe.get("data", {})
-    result = record.get("result", {})
+    result, compared = record.get("result", {}), recipe.get("preference")
     if done.get("best_validation") is not None:
         card.metrics.append(
             (
                 "validation loss",
-                f"{done['best_validation']:.4f} nats a token"
+                f"{done['best_validation']:.4f} {'a comparison' if compared else 'nats a token'}"
                 + ("" if done.get("best_task") is not None else f", step {done['best_step']}"),
             )
         )

@@ -22,6 +22,7 @@ from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
+from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
 from mlx_slim.finetuning.run_dir import (
     ANSWERS_FILE,
     RECORD,
@@ -151,7 +152,10 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         ),
         "seconds": result["done"]["seconds"] if result else None,
         "result": result,
-        "charts": _charts(steps, validations, tasks, predicted, started),
+        "charts": [
+            *_charts(steps, validations, tasks, predicted, started, loss_title(recipe)),
+            *preference_charts(steps, validations),
+        ],
         "memory": _memory(steps, result, predicted, started),
         "ledger": ledger,
         "answers": answers,
@@ -211,6 +215,7 @@ def _charts(
     tasks: Sequence[Mapping[str, Any]],
     predicted: Mapping[str, Any] | None,
     started: Mapping[str, Any] | None,
+    title: str,
 ) -> list[tuple[str, Markup]]:
     """Return (title, picture) of each curve that has points."""
     loss = _points(steps, "loss")
@@ -224,7 +229,7 @@ def _charts(
         levels.append(Level(started["budget_bytes"], "budget"))
     drawn = [
         (
-            "Loss, nats per supervised token",
+            title,
             chart(
                 "loss by step",
                 [

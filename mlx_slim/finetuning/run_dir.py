@@ -337,8 +337,8 @@ def _split(totals: RowTotals) -> str:
     return f", {totals.rows_split:,} split: {totals.rows_after_splitting:,} rows in all"
 
 
-def summary_rows(result: Result) -> dict[str, str]:
-    """Return the closing summary as name -> text."""
+def summary_rows(result: Result, unit: str = "nats/token") -> dict[str, str]:
+    """Return the closing summary as name -> text; a loss is counted by ``unit``."""
     done, totals = result.done, RowTotals.read(result.ledger, str(result.out))
     rows = {
         "rows": f"{totals.rows_used:,} used of {totals.rows_given:,} given"
@@ -358,7 +358,7 @@ def summary_rows(result: Result) -> dict[str, str]:
     if done.best_task is not None:
         rows["best task"] = f"{done.best_task:.1%} at step {done.best_step} (train.validate_task)"
         if done.best_validation is not None:
-            rows["lowest validation"] = f"{done.best_validation:.4f} nats/token"
+            rows["lowest validation"] = f"{done.best_validation:.4f} {unit}"
     elif done.best_validation is not None:
-        rows["best validation"] = f"{done.best_validation:.4f} nats/token at step {done.best_step}"
+        rows["best validation"] = f"{done.best_validation:.4f} {unit} at step {done.best_step}"
     return rows

@@ -186,7 +186,8 @@ def predict(
     def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
         if not gpu and recipe.train.compile is not True and _has_prefix_sharing(recipe):
-            tokens = tokens.sharing(recipe.train.batch_tokens)
+            pairs = recipe.preference_rows == "pairs"
+            tokens = tokens.sharing(recipe.train.batch_tokens, pairs=pairs)
         size = _dtype(recipe, gpu).size
         return operations(shapes_of(recipe), recipe, tokens, size=size, fused=is_fused(recipe))
 
@@ -235,7 +236,10 @@ def _largest(shapes: TrainingShapes, training: dict[str, int]) -> dict[str, int]
 
 
 def _has_prefix_sharing(recipe: Recipe) -> bool:
-    return recipe.train.prefix_sharing is not False and recipe.train.batching != "packed"
+    train = recipe.train
+    if recipe.preference is not None and train.prefix_sharing == "auto" and recipe.adapter.dropout:
+        return False
+    return train.prefix_sharing is not False and train.batching != "packed"
 
 
 def _dtype(recipe: Recipe, gpu: bool) -> mx.Dtype:

@@ -59,16 +59,18 @@ def largest_batch(recipe: Recipe, lengths: Sequence[int] | None) -> tuple[int, i
     """Return (positions of a sequence, of all) of the largest micro-batch, padding counted.
 
     A row's last token is only a target. Packed sequences have ``max_length`` positions, however
-    short the rows.
+    short the rows. Both answers of a pair are in one.
     """
     train = recipe.train
+    unit = 2 if recipe.preference_rows == "pairs" else 1
     if lengths is None:
-        return train.max_length, train.batch_tokens // train.max_length * train.max_length
+        width = unit * train.max_length
+        return train.max_length, max(unit - 1, train.batch_tokens // width) * width
     longest = max(1, min(max(lengths, default=train.max_length), train.max_length) - 1)
     rows = len(lengths) * longest
     if train.batching == "packed":
         longest = min(train.max_length, sum(lengths))
-    tokens = max(1, train.batch_tokens // longest) * longest
+    tokens = max(1, train.batch_tokens // (unit * longest)) * unit * longest
     return longest, max(1, min(tokens, rows))
 
 
@@ -164,11 +166,12 @@ def breakdown(
     train, full = recipe.train, recipe.method == "full"
     length, tokens = largest_batch(recipe, lengths)
     num_threads = 1 if gpu or recipe.trains_weights else default_num_threads()
-    shards = min(part_count(num_threads, tokens), max(1, tokens // length))
+    unit = length * (2 if recipe.preference_rows == "pairs" else 1)  # what shards are made of
+    shards = min(part_count(num_threads, tokens), max(1, tokens // unit))
     num_threads = min(num_threads, shards)
-    rows, more = divmod(max(1, tokens // length), shards)  # the first shards have one row more
-    shard = (rows + (more > 0)) * length
-    alive = (rows * num_threads + min(more, num_threads)) * length
+    rows, more = divmod(max(1, tokens // unit), shards)  # the first shards have one row more
+    shard = (rows + (more > 0)) * unit
+    alive = (rows * num_threads + min(more, num_threads)) * unit
 
     def stored_of(block: Block) -> float:
         return _stored(block, recipe, block.scores(length, fused), gpu)

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_slim.config.distill import DistillConfig
+from mlx_slim.config.preference import PreferenceRows
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
-from mlx_slim.data.formats import Dropped, read_example
+from mlx_slim.data.formats import Dropped, Example, read_example
 from mlx_slim.data.pieces import context_tokens, pieces
+from mlx_slim.data.preference_rows import read_answers
 from mlx_slim.data.readers import count_lines
 from mlx_slim.data.sources import RawRow, find_local
 from mlx_slim.data.split import quotas
@@ -63,12 +65,13 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
     Raises:
         SlimError: If local rows are missing or cannot be read.
     """
-    data, limit = recipe.data, recipe.train.max_length
+    data, limit, compared = recipe.data, recipe.train.max_length, recipe.preference_rows
+    answers = 2 if compared == "pairs" else 1  # of a row, each computed with its prompt
     quota_of = quotas(data.max_rows, [source.weight for source in data.sources])
     rows, lengths, weights, learned, begins = [], [], [], [], []
     texts = 0.0  # of which the rows are made
     for source, quota in zip(data.sources, quota_of, strict=True):
-        counted = _local(source, data) if local else None
+        counted = _local(source, data, compared) if local else None
         if counted is None:
             if source.path not in _HUB_ROWS:
                 return None
@@ -76,11 +79,12 @@ def expected_rows(recipe: Recipe, *, local: bool) -> RowEstimate | None:
             count = max(0, min(count - source.skip, source.limit or count))
             counted = count, np.array([[length, SUPERVISED * length, data.splits("alpaca")]]), ""
         count, sample, begin = counted
+        count, quota = count * answers, None if quota is None else quota * answers
         begins.append(begin)
         used, supervised, began = _fitted(sample, data, limit).T
         scale = min(count, count if quota is None else quota) / len(sample)
         rows.append(scale * len(used))
-        texts += scale * began.sum()
+        texts += scale * began.sum() / answers
         lengths.append(used)
         learned.append(supervised)
         weights.append(source.weight)
@@ -144,7 +148,9 @@ def _fitted(sample: np.ndarray, data: DataConfig, limit: int) -> np.ndarray:
     return np.array(fitted, float).reshape(-1, 3)
 
 
-def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray, str] | None:
+def _local(
+    config: SourceConfig, data: DataConfig, compared: PreferenceRows | None
+) -> tuple[int, np.ndarray, str] | None:
     """Return the number of rows of a local source, the sizes of the first ones, and their begin.
 
     Sizes are (rows, 3): tokens, supervised tokens, whether the row is split; the begin is the text
@@ -165,7 +171,7 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray, str
         rows, files = source, source.files
     rest = iter(rows)
     first = list(islice(rest, SAMPLE))
-    measured = [_length(row, config, data, extra) for row in first]
+    measured = [one for row in first for one in _lengths(row, config, data, extra, compared)]
     sample = np.array([sizes for *sizes, _ in measured]).reshape(-1, 3)
     begin = _common_start([text for tokens, *_, text in measured if tokens])
     lines = [None] if files is None else [count_lines(file) for file in files]
@@ -177,20 +183,30 @@ def _local(config: SourceConfig, data: DataConfig) -> tuple[int, np.ndarray, str
     return count, sample, begin
 
 
-def _length(
-    row: RawRow, config: SourceConfig, data: DataConfig, extra: int
-) -> tuple[int, int, bool, str]:
-    """Return a row's tokens and supervised ones, estimated, 0 if dropped; if split; its text."""
+def _lengths(
+    row: RawRow,
+    config: SourceConfig,
+    data: DataConfig,
+    extra: int,
+    compared: PreferenceRows | None,
+) -> list[tuple[int, int, bool, str]]:
+    """Return a row's tokens and supervised ones, estimated; if it is split; its text.
+
+    A row that compares two answers is two. Of one that is dropped the tokens are 0.
+    """
+    named = {"columns": data.columns, "system": config.system or data.system}
     try:
-        example: Any = read_example(
-            row,
-            config.format or data.format,
-            columns=data.columns,
-            system=config.system or data.system,
-            learn=data.learn,
-        )
+        if compared is None:
+            format = config.format or data.format
+            examples = [read_example(row, format, learn=data.learn, **named)]
+        else:
+            examples = read_answers(row, compared, **named)
     except Dropped:
-        return 0, 0, False, ""
+        return [(0, 0, False, "")] * (2 if compared == "pairs" else 1)
+    return [_length(example, data, extra) for example in examples]
+
+
+def _length(example: Example, data: DataConfig, extra: int) -> tuple[int, int, bool, str]:
     text = "".join(example.texts)
     sizes = [len(part) / CHARACTERS_PER_TOKEN for part in example.texts]
     total = int(sum(sizes)) + extra

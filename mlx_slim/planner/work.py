@@ -45,8 +45,15 @@ class TrainingWork:
     supervised: float = SUPERVISED
     common: int = 0
 
-    def sharing(self, batch_tokens: int) -> TrainingWork:
-        """Return the work that is left where micro-batches compute the common tokens once."""
+    def sharing(self, batch_tokens: int, *, pairs: bool = False) -> TrainingWork:
+        """Return the work that is left where micro-batches compute the common tokens once.
+
+        Of ``pairs`` that is at least the prompt of both answers.
+        """
+        if pairs:
+            fraction = (1 + self.supervised) / 2
+            tokens = int(self.tokens * fraction)
+            return replace(self, tokens=tokens, supervised=self.supervised / fraction)
         rows = max(1, batch_tokens // max(1, self.length))
         common = min(self.common, self.length - 1)
         fraction = (common + rows * (self.length - common)) / (rows * max(1, self.length))
@@ -141,6 +148,19 @@ def expected_work(
     return TrainingWork(tokens, per_epoch, length, basis, supervised, common)
 
 
+def scored_tokens(recipe: Recipe, work: TrainingWork) -> float:
+    """Return the tokens that preference tuning computes without learning from them.
+
+    Each row once with the reference; for KTO the mismatched rows too, and these in every step.
+    """
+    preference = recipe.preference
+    if preference is None or not preference.has_reference:
+        return 0.0
+    if preference.loss == "kto":
+        return 2.0 * work.tokens_per_epoch + work.tokens
+    return float(work.tokens_per_epoch)
+
+
 def operations(
     shapes: TrainingShapes,
     recipe: Recipe,
@@ -165,6 +185,7 @@ def operations(
     train = recipe.train
     full = recipe.method == "full"
     recomputed = 1 if train.grad_checkpoint else 0
+    scored = scored_tokens(recipe, work) / FILLED  # forward only: 2P, a third of attention
     linear = sum(block.linear for block in shapes.blocks)
     adapters = 0 if full else shapes.trainable_parameters
     fraction = work.supervised if recipe.data.mask_prompt else 1.0
@@ -178,10 +199,10 @@ def operations(
     head = shapes.vocabulary * shapes.width
     flops = 2 * linear * passes + 6 * adapters + attention
     flops += fraction * head * (6 if full else 4)
-    exponentials = sum(
-        (1 + recomputed) * (block.inner + block.heads * length) for block in shapes.blocks
-    )
-    exponentials += fraction * shapes.vocabulary
+    forward_flops = 2 * linear + attention / 3 + fraction * head * 2
+    forward_exponentials = sum(block.inner + block.heads * length for block in shapes.blocks)
+    exponentials = (1 + recomputed) * forward_exponentials + fraction * shapes.vocabulary
+    forward_exponentials += fraction * shapes.vocabulary
     activations = sum(scores) + sum(
         6 * block.width + 2 * block.queries + 5 * block.inner for block in shapes.blocks
     )
@@ -192,9 +213,9 @@ def operations(
     update = shapes.trainable_bytes + shapes.gradient_bytes + shapes.optimizer_bytes
     weights = batches * (shapes.base_bytes * passes + 2 * update / train.accumulate)
     return Operations(
-        flops=computed * flops,
-        exponentials=computed * exponentials,
-        elements=computed * elements,
+        flops=computed * flops + scored * forward_flops,
+        exponentials=computed * exponentials + scored * forward_exponentials,
+        elements=computed * elements + scored * elements / 2,
         unpacked=batches * (linear + head) * (2 + recomputed) * 2 if shapes.quantized else 0.0,
         moved_bytes=weights + computed * elements * size,
         batch_tokens=max(1, min(train.batch_tokens, int(computed))),

@@ -1,0 +1,1 @@
+"""Distillation: losses, caches, agreement of tokenizers, objectives."""
