@@ -286,12 +286,13 @@ class Recipe(Section):
                 "set distill.method=on-policy, or drop rounds"
             )
         if self.preference is not None:
+            formats = {source.format for source in self.data.sources} - {"auto"}
             unfit = {
                 "distill": self.distill is not None,
                 "data.split=true": self.data.split is True,
                 "data.mask_prompt=false": not self.data.mask_prompt,
                 "data.learn=last": self.data.learn != "all",
-                f"data.format={self.data.format}": self.data.format != "auto",
+                f"data.format={min(formats, default='auto', key=str)}": formats,
                 "train.batching=packed": self.train.batching == "packed",
             }
             problems += [

@@ -87,7 +87,8 @@ def _pair(row: RawRow, value: Mapping[str, Any]) -> list[tuple[Any, Any, bool | 
         raise Dropped(SAME_ANSWERS)
     prompt = value.get("prompt")
     # As TRL: a prompt that is a text beside whole conversations repeats their first turn.
-    if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
+    whole = isinstance(chosen, list) and chosen[:1] == rejected[:1]
+    if prompt is None or (isinstance(prompt, str) and whole):
         prompt, chosen, rejected = _without_beginning(row, chosen, rejected)
     return [(prompt, chosen, None), (prompt, rejected, None)]
 

@@ -1,1 +1,1 @@
-"""Distillation: losses, caches, agreement of tokenizers, objectives."""
+"""Preferences: losses, objectives, the reference, and whole runs."""

@@ -38,18 +38,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def preference_recipe(
-    model: Path, data: Path, loss: str = "sigmoid", method: str = "lora", **changes: Any
+    model: Path, rows: Path, loss: str = "sigmoid", method: str = "lora", **changes: Any
 ) -> Resolved:
     """Return the small recipe with a ``preference`` section.
 
     Args:
         model: Folder of the base.
-        data: File of rows.
+        rows: File of rows.
         loss: Of the section.
         method: Of the recipe.
         changes: Keys of ``train``, or of ``preference``, ``data`` and ``adapter`` as mappings.
     """
-    values = recipe(model, data, method).recipe.model_dump(mode="json", exclude_unset=True)
+    values = recipe(model, rows, method).recipe.model_dump(mode="json", exclude_unset=True)
     sections = {k: changes.pop(k, {}) for k in ("preference", "data", "adapter")}
     smoothing = {"label_smoothing": 0.1} if loss == "robust" else {}
     values["preference"] = {"loss": loss, **smoothing, **sections["preference"]}
