@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 from mlx_slim.config.adapter import AdapterConfig
 from mlx_slim.config.distill import DistillConfig
-from mlx_slim.config.rounds import RoundsConfig
 from mlx_slim.config.preference import PreferenceConfig, PreferenceRows
+from mlx_slim.config.rounds import RoundsConfig
 from mlx_slim.config.section import (
     LARGEST,
     Bytes,

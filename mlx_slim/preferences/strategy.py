@@ -82,6 +82,8 @@ class PreferenceStrategy:
 
     from_student = True
 
+    scorer = None
+
     def __init__(self, config: PreferenceConfig) -> None:
         self.config = config
         self.student = SingleModel()

@@ -203,7 +203,7 @@ def test_answers_cut_on_the_left_keep_one_prompt(pairs: Any, tokens: Any) -> Non
     ]
     assert prompts[0] == prompts[1]
     assert len(other) == 64
-    with pytest.raises(SlimError, match="longer than train.max_length=64"):
+    with pytest.raises(SlimError, match=r"longer than train\.max_length=64"):
         pairs([row], truncation="error")
 
 
