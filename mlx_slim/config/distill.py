@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.section import Factor, Fraction, PositiveInt, Section
+from mlx_slim.config.uld import ULDConfig
 
 
 class TeacherConfig(Section):
@@ -107,12 +108,15 @@ class DistillConfig(Section):
     """What a student learns from its teachers (arXiv 1503.02531).
 
     Logits: L = (1−λ)·CE + λ·T²·Σ_m share_m·KL_m at temperature T.
+    ULD: L = (1−λ)·CE + λ·Σ_m share_m·d_m, d the distance of sorted probabilities, a mean over the
+    aligned tokens of a row, then over rows.
     Sequence: L = (1−λ)·CE(data) + λ·Σ_m share_m·CE(texts of m), each a mean over its own tokens.
     Rationales: L = CE(data) + Σ_m α_m·CE(rationales of m), each a mean over its own tokens.
 
     Attributes:
         teachers: One or more; each is loaded alone, and only to write down what it says.
-        method: ``logits`` (needs one tokenizer), ``sequence`` (the teacher's own texts,
+        method: ``logits`` (needs one tokenizer), ``uld`` (logits of a teacher with another
+            tokenizer, arXiv 2402.12030), ``sequence`` (the teacher's own texts,
             arXiv 1606.07947), ``rationales`` (arXiv 2402.04616), ``mutual`` (the one "teacher" is a
             second student, arXiv 1706.00384), ``on-policy`` (logits, on texts of the data and of
             the student, arXiv 2306.13649), or ``auto``: logits where the tokenizers agree, else
@@ -129,12 +133,15 @@ class DistillConfig(Section):
             ``all``.
         cache: Folder of cached teacher targets, shared between runs; None: in the run folder.
         ask: How text teachers are queried.
+        uld: How ``uld`` compares the vocabularies.
     """
 
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)] = Field(
         default_factory=lambda: [TeacherConfig()]
     )
-    method: Literal["auto", "logits", "sequence", "rationales", "mutual", "on-policy"] = "auto"
+    method: Literal["auto", "logits", "uld", "sequence", "rationales", "mutual", "on-policy"] = (
+        "auto"
+    )
     on_policy_fraction: Fraction | None = None
     divergence: Literal["forward", "reverse", "symmetric", "jsd"] = "forward"
     beta: Fraction | None = None
@@ -143,6 +150,7 @@ class DistillConfig(Section):
     top_k: Literal["all"] | PositiveInt = 64
     cache: str | None = None
     ask: QueryConfig = QueryConfig()
+    uld: ULDConfig = ULDConfig()
 
     @property
     def sampled_fraction(self) -> float:

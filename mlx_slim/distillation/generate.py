@@ -85,7 +85,7 @@ def generate_dataset(
     key = hash_json(
         {
             "method": method,
-            "distill": config.model_dump(mode="json", exclude={"cache"}),
+            "distill": config.model_dump(mode="json", exclude={"cache", "uld"}),
             "data": data.model_dump(mode="json", exclude=unset),
             "seed": seed,
         }

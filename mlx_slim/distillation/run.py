@@ -21,6 +21,7 @@ from mlx_slim.distillation.logits import LogitDistillation
 from mlx_slim.distillation.mutual import MutualDistillation
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.distillation.text import learn_from_texts
+from mlx_slim.distillation.uld import ULDDistillation
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
@@ -58,6 +59,16 @@ def distill(
     if method == "logits":
         logits = LogitDistillation(recipe.distill, teachers)
         return finetune(resolved, out, observer=observer, resume=resume, strategy=logits)
+    if method == "uld":
+        for teacher in teachers:
+            if teacher.base_url is not None:
+                raise SlimError(
+                    f"distill.method=uld needs a teacher's logits: {name_of(teacher)} is an "
+                    "endpoint",
+                    "give its model folder, or train on its texts: distill.method=sequence",
+                )
+        uld = ULDDistillation(recipe.distill, teachers)
+        return finetune(resolved, out, observer=observer, resume=resume, strategy=uld)
     if method == "mutual":
         _check_same_tokens(recipe, teachers[0], observer)
         both = MutualDistillation(recipe.distill, teachers[0])
@@ -79,10 +90,16 @@ def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Obse
             continue
         why = f"{name_of(teacher)} has a different tokenizer: {difference.text}"
         if method == "logits" and difference.encodings:
-            raise SlimError(why, "train on the teacher's texts: distill.method=sequence")
+            raise SlimError(
+                why,
+                "compare sorted logits: distill.method=uld; or train on the teacher's texts: "
+                "distill.method=sequence",
+            )
         observer.notify(events.Notice(why, level="warning"))
         if method == "auto":
             text = "logits cannot be compared: training on texts (distill.method=sequence)"
+            if teacher.base_url is None:
+                text += "; distill.method=uld compares sorted logits"
             observer.notify(events.Notice(text))
             return "sequence"
     return "logits"

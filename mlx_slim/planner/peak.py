@@ -45,6 +45,7 @@ LOGITS_CAPPED = 3.0  # more with a soft cap: its input, its derivative and the p
 # Of a model that does not split, all positions at once: in the dtype of computation and in float32.
 LOGITS_FULL, LOGITS_FULL32 = 2.0, 3.5
 LOGITS_MUTUAL = 6.0  # the other student's, and both distributions
+LOGITS_ULD = 8.0  # sorted ones, and what differentiating them stores, of half a chunk
 COLUMN = 12  # bytes of a stored teacher token: its id twice, its log-probability
 OVERLAP = 0.5  # of such a short peak, what another thread needs at the same moment
 # Of the loss: grows with its fraction of a step's operations; a longer loss overlaps more often.
@@ -117,6 +118,8 @@ def _logit_copies(recipe: Recipe, capped: bool) -> float:
     copies += LOGITS_TEACHER * (len(distill.teachers) - 1)
     if 0 < distill.weight < 1:
         copies += LOGITS_MIXED
+    if distill.method == "uld":
+        copies += LOGITS_ULD if recipe.train.loss_chunk else LOGITS_ULD / 2
     return copies if distill.temperature == 1 else copies + LOGITS_HEATED
 
 
@@ -130,7 +133,7 @@ def _loss_fraction(shapes: TrainingShapes, recipe: Recipe) -> float:
 def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
     """Bytes that teachers' cached logits take for each position."""
     distill = recipe.distill
-    if distill is None or distill.method not in ("auto", "logits"):
+    if distill is None or distill.method not in ("auto", "logits", "uld"):
         return 0
     top_k = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
     return COLUMN * top_k * len(distill.teachers)
