@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -82,7 +83,8 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _spelled(piece: str) -> bytes:
+@lru_cache(maxsize=1 << 17)
+def spelled(piece: str) -> bytes:
     """Return the bytes of a token of a byte-level vocabulary; an added token is its own text."""
     if all(character in _BYTE_OF for character in piece):
         return bytes(_BYTE_OF[character] for character in piece)
@@ -98,9 +100,9 @@ def byte_ends(text: str, pieces: Sequence[str], offsets_T2: np.ndarray) -> np.nd
         offsets_T2: Start and end character of each, as the tokenizer reports them.
     """
     data = text.encode("utf-8", "replace")
-    spelled = [_spelled(piece) for piece in pieces]
-    if b"".join(spelled) == data:
-        return np.cumsum([len(piece) for piece in spelled], dtype=np.int64)
+    written = [spelled(piece) for piece in pieces]
+    if b"".join(written) == data:
+        return np.cumsum([len(piece) for piece in written], dtype=np.int64)
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_C = np.concatenate([[0], np.cumsum(sizes)])

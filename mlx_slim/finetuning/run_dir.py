@@ -48,6 +48,7 @@ RUN = RunKind(
     state=STATE_FILE,
     before=(
         *("tokens", "data_ledger.json", "metrics.jsonl", "task_rows", "training_rows.json"),
+        "alignment",
         RECIPE_FILE,
     ),
 )

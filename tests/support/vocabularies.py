@@ -75,6 +75,11 @@ def student_of_words(folder: Path, **changes: Any) -> Path:
 def teacher_of_words(folder: Path, **changes: Any) -> Path:
     """Write a tiny model that knows other pieces of the words, and more of them."""
     tiny_model(folder, vocab_size=410, **{"seed": 7, "num_hidden_layers": 2, **changes})
-    words = ["beta gamma delta one two three", " alpha alpha", "lpha eta amma Größe ße açade", "🙂 🙂"]
+    words = [
+        "beta gamma delta one two three",
+        " alpha alpha",
+        "lpha eta amma Größe ße açade",
+        "🙂 🙂",
+    ]
     bpe_tokenizer(folder, words * 4, 400, BRACKETS, "</s>")
     return folder
