@@ -159,6 +159,12 @@ class DistillConfig(Section):
             return 0.0
         return 0.5 if self.on_policy_fraction is None else self.on_policy_fraction
 
+    @property
+    def jsd_beta(self) -> float:
+        """β of the generalized Jensen-Shannon divergence that ``divergence`` names."""
+        ends = {"forward": 0.0, "reverse": 1.0}
+        return ends.get(self.divergence, 0.5 if self.beta is None else self.beta)
+
     @model_validator(mode="after")
     def _what_is_set_has_an_effect(self) -> DistillConfig:
         if self.on_policy_fraction is not None and self.method != "on-policy":
@@ -169,6 +175,15 @@ class DistillConfig(Section):
         if self.beta is not None and self.divergence != "jsd":
             raise ValueError(
                 f"beta={self.beta} is for divergence=jsd, not {self.divergence}: drop it"
+            )
+        if self.method == "uld" and self.divergence != "forward" and not self.uld.hybrid:
+            raise ValueError(
+                f"divergence={self.divergence} is for uld.hybrid=true: sorted probabilities have a "
+                "distance and no divergence"
+            )
+        if self.method == "uld" and self.divergence == "symmetric":
+            raise ValueError(
+                "divergence=symmetric is not for method=uld: expected forward, reverse or jsd"
             )
         return self
 

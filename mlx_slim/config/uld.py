@@ -1,7 +1,7 @@
 """The recipe's ``distill.uld`` section: how logits of another tokenizer's teacher are compared.
 
 Invariant: names and defaults are those of TRL's ``GOLDConfig`` (``use_extended_uld``,
-``uld_token_merge_strategy``, ``uld_use_hybrid_loss``, ``uld_hybrid_*_weight``, ``beta``). Try it:
+``uld_token_merge_strategy``, ``uld_use_hybrid_loss``, ``uld_hybrid_*_weight``). Try it:
 ``mlx-slim distill smollm2-lora distill.method=uld "distill.teachers=[{model: OTHER}]" --dry-run``.
 """
 
@@ -25,12 +25,11 @@ class ULDConfig(Section):
         merge: Of a group of tokens: ``observed`` is the distribution after its first token, times
             the probability of its other tokens; ``bayesian`` is the distribution of its last token,
             times the probability of those before it (the chain rule).
-        hybrid: Compare tokens that both vocabularies have by a generalized Jensen-Shannon
-            divergence, and only the others by their sorted probabilities.
+        hybrid: Compare tokens that both vocabularies have by ``divergence`` (``forward``,
+            ``reverse`` or ``jsd``), and only the others by their sorted probabilities.
         matched_weight: Of the first part; None takes the share of the teacher's tokens that the
             student has too.
         unmatched_weight: Of the second part; None takes 1 less that share.
-        beta: β of the divergence: 0 is KL(teacher‖student), 1 is KL(student‖teacher).
     """
 
     extended: bool = True
@@ -38,7 +37,6 @@ class ULDConfig(Section):
     hybrid: bool = False
     matched_weight: PartWeight | None = None
     unmatched_weight: PartWeight | None = None
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     @model_validator(mode="after")
     def _both_weights(self) -> ULDConfig:

@@ -103,7 +103,7 @@ class VocabularyMap:
             weights = (uld.matched_weight, uld.unmatched_weight)
         matched_V = np.zeros(vocabulary, np.float32)
         matched_V[self.students[:-1][self.matched]] = 1.0
-        return Overlap(mx.array(matched_V), weights, uld.beta)
+        return Overlap(mx.array(matched_V), weights, config.jsd_beta)
 
 
 class StoredTargets:
@@ -160,6 +160,8 @@ class ULDDistillation:
         config: The ``distill`` section.
         teachers: Its teachers, each with its model.
     """
+
+    scorer = None
 
     def __init__(self, config: DistillConfig, teachers: list[TeacherConfig]) -> None:
         self.config = config

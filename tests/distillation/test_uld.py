@@ -23,6 +23,7 @@ from mlx_slim.distillation.uld import ULDDistillation
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.prefix_attention import why_not
+from mlx_slim.runtime import to_float
 from mlx_slim.training.step import Objective, Stepper
 from tests.support.runs import Recorder, losses, recipe, run_until_killed
 from tests.support.vocabularies import student_of_words, teacher_of_words, write_conversations
@@ -105,7 +106,7 @@ def test_batches_of_every_kind_give_one_gradient(
     pair: Pair, tmp_path: Path, uld: dict[str, Any]
 ) -> None:
     """Packed, of few shapes, with shared beginnings and in chunks: all equal row by row."""
-    run = resolved_run(pair, "full", uld=uld)
+    run = resolved_run(pair, "full", uld=uld, divergence="jsd" if uld else "forward")
     strategy, tuned, data, objective = _objective(run, tmp_path, chunk=3)
     rows = list(range(len(data.train)))
     assert not why_not(tuned.model, 128)
@@ -126,7 +127,7 @@ def test_batches_of_every_kind_give_one_gradient(
     packer = Batcher(data.train, 256, 128, "packed", 0)
     shaped = Batcher(data.train, 256, 128, "grouped", 0, limit=SHAPES // 8)
     whole = strategy.objectives(tuned.model, None, tuned.config["vocab_size"], 1)[0]
-    largest = max(mx.abs(value).max().item() for value in expected[1].values())
+    largest = max(to_float(mx.abs(value).max()) for value in expected[1].values())
     for name, batches in {
         "side by side": [side_by_side],
         "packed": [packer.batch(groups) for groups in packer.plan(0)],
@@ -138,7 +139,7 @@ def test_batches_of_every_kind_give_one_gradient(
         sums, gradients = sums_of(batches)
         assert mx.allclose(sums, expected[0], rtol=1e-4), name
         for path, value in gradients.items():
-            assert mx.abs(value - expected[1][path]).max().item() < 1e-4 * largest, (name, path)
+            assert to_float(mx.abs(value - expected[1][path]).max()) < 1e-4 * largest, (name, path)
 
 
 def test_a_batch_of_a_fixed_shape_has_arrays_of_fixed_shapes(pair: Pair, tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_no_folder(pair: Pair, tmp_pa
     with pytest.raises(SlimError, match="no training row can be aligned") as caught:
         distill(resolved_run((student, shouting, rows)), out, observer=Recorder())
     assert "the teacher's template changes an answer's text" in caught.value.message
-    assert not list(out.glob("checkpoints")) and not (out / "run.json").exists()
+    assert not out.exists()
 
 
 def test_rows_cut_on_either_side_are_aligned_where_they_are_left(
