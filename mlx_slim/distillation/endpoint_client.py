@@ -47,6 +47,10 @@ class _Transient(Exception):
         self.wait = wait
 
 
+class Unreachable(SlimError):
+    """An endpoint that did not answer as often as it was tried."""
+
+
 class EndpointClient:
     """Sends requests to one path of an endpoint.
 
@@ -100,6 +104,7 @@ class EndpointClient:
 
         Raises:
             SlimError: If a reply cannot be had or read; those before it were yielded.
+            Unreachable: If the endpoint does not answer.
         """
         stop = self._stop = threading.Event()
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -136,7 +141,8 @@ class EndpointClient:
         """Return the reply to one request.
 
         Raises:
-            SlimError: If it is refused, or fails as often as it may be tried.
+            SlimError: If it is refused.
+            Unreachable: If it fails as often as it may be tried.
         """
         body = json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
         stop = stop or threading.Event()
@@ -148,7 +154,7 @@ class EndpointClient:
                 attempt += 1
                 if attempt > self._retries or stop.is_set():
                     tries = "1 try" if attempt == 1 else f"{attempt} tries"
-                    raise SlimError(
+                    raise Unreachable(
                         f"teacher {self.name}: {self.url}: {error} ({tries})",
                         f"start the server, or raise distill.ask.timeout; {self._saved}",
                     ) from None

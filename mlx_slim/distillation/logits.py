@@ -24,6 +24,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.losses import DistillationLoss
 from mlx_slim.distillation.objective import DistillationObjective, DistillationValidation
+from mlx_slim.distillation.scoring_endpoint import ScoringEndpoint, scoring_endpoints
 from mlx_slim.distillation.target_generation import (
     CachedTargets,
     OpenTeacher,
@@ -64,6 +65,7 @@ class LogitDistillation:
         self.student = SingleModel()
         self._dtype = mx.float32
         self._targets = CachedTargets(Path(CACHE_FOLDER), [])
+        self._endpoints: list[ScoringEndpoint | None] = []
 
     @property
     def targets(self) -> CachedTargets:
@@ -73,13 +75,15 @@ class LogitDistillation:
     scorer = None
 
     def check(self, recipe: Recipe) -> None:
-        """Check that every teacher fits into the memory budget.
+        """Check that every teacher fits into the memory budget, or that its endpoint can score.
 
         Raises:
             ResourceError: Names it.
+            SlimError: An endpoint that does not score given texts.
         """
         self._dtype = resolve_dtype(recipe.train.dtype)
         check_fit(recipe, self.teachers)
+        self._endpoints = scoring_endpoints(recipe, self.config, self.teachers)
 
     def _config(self, teacher: TeacherConfig) -> JsonObject:
         assert teacher.model is not None
@@ -87,7 +91,7 @@ class LogitDistillation:
 
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
         """Return the recipe's rows, within the limits of the teachers too."""
-        readers = [self._config(teacher) for teacher in self.teachers]
+        readers = [self._config(teacher) for teacher in self.teachers if teacher.base_url is None]
         data = prepare_data(recipe, tuned, out, unchanged=unchanged, readers=readers)
         if not self._targets.teachers:
             self._locate_targets(recipe, tuned, data, out)
@@ -98,9 +102,13 @@ class LogitDistillation:
         cache = Path(self.config.cache or out / CACHE_FOLDER)
         tokenizer = str(data.fingerprint["tokenizer"])
         teachers = []
-        for teacher in self.teachers:
-            teacher_hash = fingerprint(teacher, self._dtype)
-            shared = min(tuned.config["vocab_size"], self._config(teacher)["vocab_size"])
+        for teacher, endpoint in zip(self.teachers, self._endpoints, strict=True):
+            shared = tuned.config["vocab_size"]
+            if endpoint is None:
+                teacher_hash = fingerprint(teacher, self._dtype)
+                shared = min(shared, self._config(teacher)["vocab_size"])
+            else:
+                teacher_hash = endpoint.fingerprint
             sets = []
             for rows in filter(None, (data.train, data.validation)):
                 shape = target_cache.target_layout(rows, self.config.top_k, shared)
@@ -108,7 +116,12 @@ class LogitDistillation:
                 key = target_cache.cache_key(teacher_hash, tokenizer, rows, shape, temperature)
                 folder = target_cache.folder_of(cache, key)
                 sets.append(TargetSet(shape, key, folder, grouped(recipe, rows)))
-            teachers.append(TargetTeacher(name_of(teacher), partial(self._open, teacher), sets))
+            if endpoint is None:
+                open_teacher = partial(self._open, teacher)
+            else:
+                endpoint.require(needed=not all(one.complete for one in sets))
+                open_teacher = endpoint.opened
+            teachers.append(TargetTeacher(name_of(teacher), open_teacher, sets))
         self._targets = CachedTargets(cache, teachers)
 
     @contextlib.contextmanager
@@ -152,6 +165,8 @@ def check_fit(recipe: Recipe, teachers: Sequence[TeacherConfig]) -> None:
     """
     dtype, budget = resolve_dtype(recipe.train.dtype), memory_budget(recipe.memory.budget)
     for teacher in teachers:
+        if teacher.base_url is not None:
+            continue
         assert teacher.model is not None
         config = {**read_config(teacher.model, teacher.revision), "dtype": dtype_name(dtype)}
         needed = sum(weight_bytes(config).values())

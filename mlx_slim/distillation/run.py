@@ -85,6 +85,8 @@ def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Obse
     method = recipe.distill.method if recipe.distill else "auto"
     student = load_tokenizer(recipe.model, revision=recipe.revision)
     for teacher in teachers:
+        if method == "logits" and teacher.base_url is not None:
+            continue  # it is tried whether it scores the student's tokens: scoring_endpoint.py
         difference = _difference(student, teacher)
         if difference is None:
             continue
@@ -100,6 +102,8 @@ def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Obse
             text = "logits cannot be compared: training on texts (distill.method=sequence)"
             if teacher.base_url is None:
                 text += "; distill.method=uld compares sorted logits"
+            else:
+                text += "; distill.method=logits asks a server that scores given texts"
             observer.notify(events.Notice(text))
             return "sequence"
     return "logits"
