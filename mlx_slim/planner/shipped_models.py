@@ -21,15 +21,27 @@ _LLAMA_1_2 = {
     "vocab_size": 32000,
 }
 
+_TINYLLAMA = {
+    **_LLAMA_1_2,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+}
+_MISTRAL = {
+    **_LLAMA_1_2,
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+}
+
 SHIPPED_CONFIGS: dict[str, ModelConfig] = {
-    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": {
-        **_LLAMA_1_2,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "max_position_embeddings": 2048,
-        "num_hidden_layers": 22,
-        "num_key_value_heads": 4,
-    },
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINYLLAMA,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINYLLAMA,
     "meta-llama/Llama-2-7b-hf": {
         **_LLAMA_1_2,
         "hidden_size": 4096,
@@ -37,16 +49,8 @@ SHIPPED_CONFIGS: dict[str, ModelConfig] = {
         "num_hidden_layers": 32,
         "num_key_value_heads": 32,
     },
-    "mistralai/Mistral-7B-v0.1": {
-        **_LLAMA_1_2,
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
+    "mistralai/Mistral-7B-v0.1": {**_MISTRAL, "sliding_window": 4096},
+    "mistralai/Mistral-7B-Instruct-v0.2": {**_MISTRAL, "rope_theta": 1e6},
     "microsoft/phi-2": {
         "model_type": "phi",
         "hidden_size": 2560,

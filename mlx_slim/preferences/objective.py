@@ -288,6 +288,7 @@ class KtoObjective(AnswerLogProbs):
             return mx.where(which_R, values_R, 0).sum()
 
         loss = total(kto_losses(self._config, ratios_R, wanted_R, kl))
+        ratios_R = mx.stop_gradient(ratios_R)  # a share that is not a number has no gradient
         rewards_R = self._config.beta * ratios_R
         chosen = step[1] * total(rewards_R, real_R & wanted_R)
         rejected = step[2] * total(rewards_R, real_R & ~wanted_R)
