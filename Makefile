@@ -123,7 +123,7 @@ $(VENV)/.dev: pyproject.toml tests/requirements.lock | $(BIN)/python
 	@touch $(VENV)/.base $@
 
 $(PARITY)/.done: pyproject.toml tests/requirements.lock tests/parity/requirements.lock | $(PARITY)/bin/python
-	@echo "installing mlx-slim, PyTorch, peft, lm-eval and llama.cpp into $(PARITY) (two minutes, 1.5 GB)"
+	@echo "installing mlx-slim, PyTorch, peft, TRL, lm-eval and llama.cpp into $(PARITY) (two minutes, 1.5 GB)"
 	@$(PARITY)/bin/python $(INSTALL) --constraint tests/parity/requirements.lock \
 		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
 		--editable ".[test,parity,bench]" || { \

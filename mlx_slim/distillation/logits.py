@@ -24,6 +24,7 @@ from mlx_slim.data.prepare import Prepared
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.losses import DistillationLoss
 from mlx_slim.distillation.objective import DistillationObjective, DistillationValidation
+from mlx_slim.distillation.on_policy import OnPolicyObjective, TeacherScorer
 from mlx_slim.distillation.scoring_endpoint import ScoringEndpoint, scoring_endpoints
 from mlx_slim.distillation.target_generation import (
     CachedTargets,
@@ -66,13 +67,26 @@ class LogitDistillation:
         self._dtype = mx.float32
         self._targets = CachedTargets(Path(CACHE_FOLDER), [])
         self._endpoints: list[ScoringEndpoint | None] = []
+        self._sets: list[list[TargetSet]] = []  # of each teacher: training rows, validation rows
+        self._scorer: TeacherScorer | None = None
+        if config.sampled_fraction > 0:
+            names = [name_of(teacher) for teacher in teachers]
+            self._scorer = TeacherScorer(
+                lambda: self._targets, self._weight_bytes, names, config.sampled_fraction
+            )
 
     @property
     def targets(self) -> CachedTargets:
         """The teachers' logits, cached before the student is trained."""
         return self._targets
 
-    scorer = None
+    @property
+    def scorer(self) -> TeacherScorer | None:
+        """What scores the student's answers, if it writes some (``on_policy.py``)."""
+        return self._scorer
+
+    def _weight_bytes(self) -> list[int]:
+        return [teacher_bytes(teacher, self._dtype) for teacher in self.teachers]
 
     def check(self, recipe: Recipe) -> None:
         """Check that every teacher fits into the memory budget, or that its endpoint can score.
@@ -109,20 +123,33 @@ class LogitDistillation:
                 shared = min(shared, self._config(teacher)["vocab_size"])
             else:
                 teacher_hash = endpoint.fingerprint
-            sets = []
-            for rows in filter(None, (data.train, data.validation)):
-                shape = target_cache.target_layout(rows, self.config.top_k, shared)
-                temperature = self.config.temperature
-                key = target_cache.cache_key(teacher_hash, tokenizer, rows, shape, temperature)
-                folder = target_cache.folder_of(cache, key)
-                sets.append(TargetSet(shape, key, folder, grouped(recipe, rows)))
+            set_of = partial(self._set_of, recipe, cache, teacher_hash, tokenizer, shared)
+            sets = [set_of(rows) for rows in filter(None, (data.train, data.validation))]
+            self._sets.append(sets)
+            needed = sets[1:] if self.config.sampled_fraction == 1 else sets
             if endpoint is None:
                 open_teacher = partial(self._open, teacher)
             else:
-                endpoint.require(needed=not all(one.complete for one in sets))
+                missing = not all(one.complete for one in needed)
+                endpoint.require(needed=missing or self._scorer is not None)
                 open_teacher = endpoint.opened
-            teachers.append(TargetTeacher(name_of(teacher), open_teacher, sets))
+            teachers.append(TargetTeacher(name_of(teacher), open_teacher, needed, set_of=set_of))
         self._targets = CachedTargets(cache, teachers)
+
+    def _set_of(
+        self,
+        recipe: Recipe,
+        cache: Path,
+        teacher: JsonObject,
+        tokenizer: str,
+        shared: int,
+        rows: RowStore,
+    ) -> TargetSet:
+        """Return the targets of a teacher for ``rows``."""
+        shape = target_cache.target_layout(rows, self.config.top_k, shared)
+        temperature = self.config.temperature
+        key = target_cache.cache_key(teacher, tokenizer, rows, shape, temperature)
+        return TargetSet(shape, key, target_cache.folder_of(cache, key), grouped(recipe, rows))
 
     @contextlib.contextmanager
     def _open(self, teacher: TeacherConfig) -> Iterator[OpenTeacher]:
@@ -135,26 +162,33 @@ class LogitDistillation:
     def token_loss(self) -> DistillationLoss:
         """The loss."""
         config, loss_weights = self.config, loss_weights_of(self.teachers)
-        return DistillationLoss(config.divergence, config.temperature, config.weight, loss_weights)
+        of_teachers = config.weight, loss_weights, config.jsd_beta
+        return DistillationLoss(config.divergence, config.temperature, *of_teachers)
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return the mixed loss for training, and cross-entropy with divergence for validation."""
-        columns = [[one.columns() for one in teacher.sets] for teacher in self._targets.teachers]
+        columns = [[one.columns() for one in sets] for sets in self._sets]
         train, *validation = (list(part) for part in zip(*columns, strict=True))
-        return (
-            DistillationObjective(self.token_loss, train, model, chunk, vocabulary, num_threads),
-            DistillationValidation(
-                self.token_loss, validation[0], model, chunk, vocabulary, num_threads
-            )
-            if validation
-            else None,
-        )
+        of_model = model, chunk, vocabulary, num_threads
+        objective = DistillationObjective(self.token_loss, train, *of_model)
+        if self._scorer is not None:
+            placeholders = [target_cache.PlaceholderTargets(sets[0].shape) for sets in self._sets]
+            answers = self._scorer.columns(placeholders)
+            objective = OnPolicyObjective(self.token_loss, train, answers, *of_model)
+        if not validation:
+            return objective, None
+        return objective, DistillationValidation(self.token_loss, validation[0], *of_model)
 
     def record(self) -> JsonObject:
         """Return the teachers and their targets, for ``run.json``."""
-        return {"distill": {"method": "logits", **targets_record(self._targets, self.teachers)}}
+        record = targets_record(self._targets, self.teachers)
+        if self._scorer is None:
+            return {"distill": {"method": "logits", **record}}
+        return {
+            "distill": {"method": "on-policy", "fraction": self._scorer.fraction, **record},
+        }
 
 
 def check_fit(recipe: Recipe, teachers: Sequence[TeacherConfig]) -> None:
@@ -165,17 +199,22 @@ def check_fit(recipe: Recipe, teachers: Sequence[TeacherConfig]) -> None:
     """
     dtype, budget = resolve_dtype(recipe.train.dtype), memory_budget(recipe.memory.budget)
     for teacher in teachers:
-        if teacher.base_url is not None:
-            continue
-        assert teacher.model is not None
-        config = {**read_config(teacher.model, teacher.revision), "dtype": dtype_name(dtype)}
-        needed = sum(weight_bytes(config).values())
+        needed = teacher_bytes(teacher, dtype)
         if needed > budget:
             raise ResourceError(
                 f"the weights of teacher {name_of(teacher)} need {human_bytes(needed)}, "
                 f"the budget is {human_bytes(budget)}",
                 "take a smaller or a quantized teacher",
             )
+
+
+def teacher_bytes(teacher: TeacherConfig, dtype: mx.Dtype) -> int:
+    """Return the bytes of a teacher's weights: none of an endpoint's."""
+    if teacher.base_url is not None:
+        return 0
+    assert teacher.model is not None
+    config = {**read_config(teacher.model, teacher.revision), "dtype": dtype_name(dtype)}
+    return sum(weight_bytes(config).values())
 
 
 def loss_weights_of(teachers: Sequence[TeacherConfig]) -> tuple[float, ...]:
@@ -190,6 +229,19 @@ def grouped(recipe: Recipe, rows: RowStore) -> Batcher:
     return Batcher(rows, train.batch_tokens, train.max_length, "grouped", train.seed)
 
 
+def _first_set(sets: Sequence[TargetSet]) -> JsonObject:
+    """Return key and size of the first of a teacher's sets, if it has one."""
+    return {
+        name: value
+        for one in sets[:1]
+        for name, value in (
+            ("key", hash_json(one.key)),
+            ("targets", one.shape.targets),
+            ("kept", one.shape.top_k),
+        )
+    }
+
+
 def targets_record(targets: CachedTargets, teachers: Sequence[TeacherConfig]) -> JsonObject:
     """Return the teachers and their targets, for ``run.json``."""
     return {
@@ -198,9 +250,7 @@ def targets_record(targets: CachedTargets, teachers: Sequence[TeacherConfig]) ->
                 "name": name_of(teacher),
                 "model": public_name(teacher.model or ""),
                 "share": loss_weight,
-                "key": hash_json(stored.sets[0].key),
-                "targets": stored.sets[0].shape.targets,
-                "kept": stored.sets[0].shape.top_k,
+                **_first_set(stored.sets),
             }
             for teacher, loss_weight, stored in zip(
                 teachers, loss_weights_of(teachers), targets.teachers, strict=True

@@ -9,6 +9,8 @@ T, p the teacher's, u_b = ∂D/∂log q_b:
     forward   D = Σ p log(p/q)    u = −p
     reverse   D = Σ q log(q/p)    u = q log(q/p)     (both up to terms that cancel below)
     symmetric the mean of both
+    jsd       D = β Σ p log(p/m) + (1−β) Σ q log(q/m)    u = (1−β) q log(q/m),  m = β p + (1−β) q
+              (arXiv 2306.13649; β = 0 is forward and β = 1 reverse: D would vanish at both ends)
     T² ∂D/∂logit_j = T (u_j − q_j Σ_b u_b)                 j one of the top tokens
                    = T (u_tail · q_j/q_tail − q_j Σ_b u_b) j in the tail
 
@@ -24,6 +26,7 @@ logit 0 is −0.7 + 0.5 = −0.2; by the tail's logits −0.3 · 0.3/0.5 + 0.3 =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,7 +37,7 @@ from mlx_slim.models.activations import exp
 from mlx_slim.models.logits import logsumexp, row_sums
 from mlx_slim.training.losses import NLL, LogitsGradient, weighted_sum
 
-Divergence = Literal["forward", "reverse", "symmetric"]
+Divergence = Literal["forward", "reverse", "symmetric", "jsd"]
 
 FLOOR = -100.0  # log of a probability; float32 has no smaller ones
 _NOTHING = -1e30  # logit of a token that is left out of a sum
@@ -74,8 +77,28 @@ def _buckets(top_CK: mx.array, rest_C: mx.array) -> mx.array:
     return mx.maximum(mx.concatenate([top_CK, rest_C[:, None]], axis=-1), FLOOR)
 
 
-def between(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
+def _ends(kind: Divergence, beta: float) -> Divergence:
+    """Return what ``jsd`` is at the ends of β."""
+    if kind != "jsd" or 0 < beta < 1:
+        return kind
+    return "forward" if beta == 0 else "reverse"
+
+
+def _log_mixture(log_p_CB: mx.array, log_q_CB: mx.array, beta: float) -> mx.array:
+    """Return log m of each bucket, m = β·p + (1−β)·q."""
+    return mx.logaddexp(log_p_CB + math.log(beta), log_q_CB + math.log1p(-beta))
+
+
+def between(
+    log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence, beta: float = 0.5
+) -> mx.array:
     """Return the divergence (C,) of buckets from their log-probabilities, nats; differentiable."""
+    kind = _ends(kind, beta)
+    if kind == "jsd":
+        log_m_CB = _log_mixture(log_p_CB, log_q_CB, beta)
+        of_p_CB = beta * mx.exp(log_p_CB) * (log_p_CB - log_m_CB)
+        of_q_CB = (1 - beta) * mx.exp(log_q_CB) * (log_q_CB - log_m_CB)
+        return row_sums(of_p_CB + of_q_CB)[:, 0]
     gap_CB = log_p_CB - log_q_CB
     forward_C = row_sums(mx.exp(log_p_CB) * gap_CB)[:, 0]
     if kind == "forward":
@@ -84,8 +107,14 @@ def between(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.arra
     return reverse_C if kind == "reverse" else 0.5 * (forward_C + reverse_C)
 
 
-def bucket_gradient(log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence) -> mx.array:
+def bucket_gradient(
+    log_p_CB: mx.array, log_q_CB: mx.array, kind: Divergence, beta: float = 0.5
+) -> mx.array:
     """Return u = ∂D/∂log q of each bucket (C, B), up to multiples of q, which cancel."""
+    kind = _ends(kind, beta)
+    if kind == "jsd":
+        log_m_CB = _log_mixture(log_p_CB, log_q_CB, beta)
+        return (1 - beta) * mx.exp(log_q_CB) * (log_q_CB - log_m_CB)
     forward_CB = -mx.exp(log_p_CB)
     if kind == "forward":
         return forward_CB
@@ -106,12 +135,14 @@ class DistillationLoss:
         temperature: T, that of the columns.
         weight: λ.
         loss_weights: a_m of the teachers; they sum to 1.
+        beta: β of ``jsd``.
     """
 
     divergence: Divergence = "forward"
     temperature: float = 1.0
     weight: float = 0.5
     loss_weights: Sequence[float] = (1.0,)
+    beta: float = 0.5
 
     def _split(self, columns: Sequence[mx.array]) -> tuple[Sequence[mx.array], list[mx.array]]:
         """Return the teachers' columns, and the weights of the targets, if there are any."""
@@ -137,7 +168,7 @@ class DistillationLoss:
             student_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - total_C1
             student_rest_C = (tail(scaled_CV, ids_CK) - total_C1)[:, 0]
             log_p_CB, log_q_CB = _buckets(top_CK, rest_C), _buckets(student_CK, student_rest_C)
-            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart_C = between(log_p_CB, log_q_CB, self.divergence, self.beta)
             apart = apart + loss_weight * weighted_sum(apart_C, *weights)
         return self._mixed(NLL().value(logits_CV, targets_C, *weights), apart)
 
@@ -163,9 +194,9 @@ class DistillationLoss:
             student_CK = mx.take_along_axis(scaled_CV, ids_CK, axis=-1) - log_total_C1
             log_p_CB = _buckets(top_CK, rest_C)
             log_q_CB = _buckets(student_CK, mx.log(others_C1 / total_C1)[:, 0])
-            apart_C = between(log_p_CB, log_q_CB, self.divergence)
+            apart_C = between(log_p_CB, log_q_CB, self.divergence, self.beta)
             apart = apart + loss_weight * weighted_sum(apart_C, *weights)
-            u_CB = bucket_gradient(log_p_CB, log_q_CB, self.divergence)
+            u_CB = bucket_gradient(log_p_CB, log_q_CB, self.divergence, self.beta)
             back_C1 = row_sums(u_CB)
             lumped_C1 = mx.where(others_C1 > 0, u_CB[:, -1:] / others_C1, 0.0)
             part_CV = exp_CV * (weight * (lumped_C1 - back_C1 / total_C1))

@@ -81,6 +81,7 @@ class PeerLoss:
     divergence: Divergence
     temperature: float
     weight: float
+    beta: float = 0.5
 
     def _logs(self, logits_CV: mx.array) -> mx.array:
         scaled_CV = logits_CV.astype(mx.float32) / self.temperature
@@ -93,7 +94,7 @@ class PeerLoss:
         """Return Σ loss, Σ CE and Σ D, float32 (3,), nats."""
         targets_C, rows_CX, *weights = columns
         log_p_CV = mx.stop_gradient(self._logs(self.other(rows_CX)))
-        apart_C = between(log_p_CV, self._logs(logits_CV), self.divergence)
+        apart_C = between(log_p_CV, self._logs(logits_CV), self.divergence, self.beta)
         nll = NLL().value(logits_CV, targets_C, *weights)
         return self._sums(nll, weighted_sum(apart_C, *weights))
 
@@ -104,8 +105,8 @@ class PeerLoss:
         targets_C, rows_CX, *weights = columns
         nll, plain = NLL().value_and_gradient(logits_CV, targets_C, *weights)
         log_p_CV, log_q_CV = self._logs(self.other(rows_CX)), self._logs(logits_CV)
-        apart_C = between(log_p_CV, log_q_CV, self.divergence)
-        u_CV = bucket_gradient(log_p_CV, log_q_CV, self.divergence)
+        apart_C = between(log_p_CV, log_q_CV, self.divergence, self.beta)
+        u_CV = bucket_gradient(log_p_CV, log_q_CV, self.divergence, self.beta)
         apart_CV = u_CV - mx.exp(log_q_CV) * row_sums(u_CV)
         probs_CV = plain.probs_CV / row_sums(plain.probs_CV)
         probs_CV = probs_CV + self.weight * self.temperature * apart_CV
@@ -126,6 +127,7 @@ class MutualObjective:
         chunk: Positions whose logits exist at a time; None chooses.
         vocabulary: Token ids below this may be used for the probe.
         num_threads: Shards of a batch that are computed concurrently.
+        beta: β of ``jsd``.
     """
 
     metrics: tuple[str, ...] = ("first", "second", "divergence")
@@ -139,9 +141,10 @@ class MutualObjective:
         chunk: int | None = None,
         vocabulary: int = 8,
         num_threads: int = 1,
+        beta: float = 0.5,
     ) -> None:
         self._splits = [structure.split(one, vocabulary) for one in (model.first, model.second)]
-        self._settings = (divergence, temperature, weight)
+        self._settings = (divergence, temperature, weight, beta)
         self._chunk = chunk_size(vocabulary, chunk, 2 * num_threads)  # logits of both exist
 
     def arrays(self, batch: Batch) -> Arrays:
@@ -326,6 +329,7 @@ class MutualDistillation:
             chunk,
             vocabulary,
             num_threads,
+            config.jsd_beta,
         )
         pair = cast(ModelPair, model)
         return MutualObjective(pair, *settings), MutualValidation(pair, *settings)

@@ -54,7 +54,12 @@ class DistillationObjective(CrossEntropy):
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays``, three columns of each teacher, and weights if it is padded."""
-        targets = (column for t in self._teachers for column in t.columns(batch.sources_N))
+        return self.arrays_of(batch, self._teachers)
+
+    @staticmethod
+    def arrays_of(batch: Batch, teachers: Sequence[Columns]) -> Arrays:
+        """Return the arrays with the columns of ``teachers``."""
+        targets = (column for t in teachers for column in t.columns(batch.sources_N))
         return (*batch_arrays(batch), *targets, *target_weights(batch))
 
 

@@ -54,9 +54,9 @@ def distill(
         )
     teachers = [with_model(teacher, recipe) for teacher in recipe.distill.teachers]
     method = recipe.distill.method
-    if method in ("auto", "logits"):
+    if method in ("auto", "logits", "on-policy"):
         method = _method(recipe, teachers, observer)
-    if method == "logits":
+    if method in ("logits", "on-policy"):
         logits = LogitDistillation(recipe.distill, teachers)
         return finetune(resolved, out, observer=observer, resume=resume, strategy=logits)
     if method == "uld":
@@ -77,21 +77,21 @@ def distill(
 
 
 def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Observer) -> str:
-    """Return ``logits`` where every teacher has the student's tokenizer, else ``sequence``.
+    """Return the method: for ``auto`` logits where all have the student's tokenizer, else sequence.
 
     Raises:
-        SlimError: If one has not, and the recipe says ``method=logits``.
+        SlimError: If a teacher has not, and the method compares logits.
     """
     method = recipe.distill.method if recipe.distill else "auto"
     student = load_tokenizer(recipe.model, revision=recipe.revision)
     for teacher in teachers:
-        if method == "logits" and teacher.base_url is not None:
+        if method in ("logits", "on-policy") and teacher.base_url is not None:
             continue  # it is tried whether it scores the student's tokens: scoring_endpoint.py
         difference = _difference(student, teacher)
         if difference is None:
             continue
         why = f"{name_of(teacher)} has a different tokenizer: {difference.text}"
-        if method == "logits" and difference.encodings:
+        if method != "auto" and difference.encodings:
             raise SlimError(
                 why,
                 "compare sorted logits: distill.method=uld; or train on the teacher's texts: "
@@ -106,7 +106,7 @@ def _method(recipe: Recipe, teachers: list[TeacherConfig], observer: events.Obse
                 text += "; distill.method=logits asks a server that scores given texts"
             observer.notify(events.Notice(text))
             return "sequence"
-    return "logits"
+    return "logits" if method == "auto" else method
 
 
 def _check_same_tokens(recipe: Recipe, second: TeacherConfig, observer: events.Observer) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -18,6 +18,7 @@ from typing import Any, Protocol, final
 import mlx.core as mx
 
 from mlx_slim import events
+from mlx_slim.data.collate import RowStore
 from mlx_slim.data.plans import Plan
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.objective import Columns
@@ -38,6 +39,9 @@ class Batches(Protocol):
     def batch(self, groups: Sequence[Sequence[int]]) -> Any:
         """Return a batch, with the numbers of its targets as ``sources_N``."""
         ...
+
+
+Generator = Callable[[Any], TeacherTargets]  # of a batch
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,21 @@ class TargetSet:
         """Whether all of them are on disk."""
         return target_cache.open_complete(self.folder, self.shape) is not None
 
+    def write(self, generator: Generator, stop: Callable[[], bool]) -> Iterator[float]:
+        """Compute what is missing; yield the fraction of the rows that is done."""
+        return target_cache.write(
+            self.folder, self.key, self.shape, self.batches, generator, stop=stop
+        )
 
-Generator = Callable[[Any], TeacherTargets]  # of a batch
+
+def check_sets(cache: Path, sets: Sequence[TargetSet]) -> None:
+    """Check that the disk can hold ``sets``; two of them may be one folder.
+
+    Raises:
+        ResourceError: Names the bytes needed and free.
+    """
+    missing = {one.folder: target_cache.missing_bytes(one.folder, one.shape) for one in sets}
+    target_cache.check_disk(cache, sum(missing.values()))
 
 
 class OpenTeacher(Protocol):
@@ -79,6 +96,10 @@ class OpenTeacher(Protocol):
         ...
 
 
+def _of_no_other_rows(rows: RowStore) -> TargetSet:
+    raise NotImplementedError("this teacher scores the rows of the data only")
+
+
 @dataclass
 class TargetTeacher:
     """A teacher and its targets.
@@ -87,11 +108,13 @@ class TargetTeacher:
         name: In notices.
         open: Loads it; it is freed with the context.
         sets: Its targets: of the training rows, then of the validation rows if there are any.
+        set_of: Returns its targets of other rows: of a round of answers (``on_policy.py``).
     """
 
     name: str
     open: Callable[[], contextlib.AbstractContextManager[OpenTeacher]]
     sets: list[TargetSet] = field(default_factory=list)
+    set_of: Callable[[RowStore], TargetSet] = field(kw_only=True, default=_of_no_other_rows)
 
 
 @final
@@ -123,10 +146,7 @@ class CachedTargets:
         Raises:
             ResourceError: Names the bytes needed and free.
         """
-        missing = {
-            one.folder: target_cache.missing_bytes(one.folder, one.shape) for one in self.sets
-        }
-        target_cache.check_disk(self.cache, sum(missing.values()))
+        check_sets(self.cache, self.sets)
 
     def missing(self) -> bool:
         """Return whether targets are missing."""
@@ -164,14 +184,7 @@ class CachedTargets:
         done, reported = 0, 0
         with teacher.open() as generator_of:
             for one in sets:
-                steps = target_cache.write(
-                    one.folder,
-                    one.key,
-                    one.shape,
-                    one.batches,
-                    generator_of(one),
-                    stop=lambda: stop.requested,
-                )
+                steps = one.write(generator_of(one), lambda: stop.requested)
                 for fraction in steps:
                     tenths = int(10 * (done + fraction * one.shape.targets) / count)
                     if tenths > reported:

@@ -35,6 +35,7 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.prompts import split, unchanged
 from mlx_slim.finetuning.round_answers import Round, RoundFolder, SampledAnswer
+from mlx_slim.planner.memory import Prediction
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.round_events import RoundBegun
@@ -62,8 +63,8 @@ class RoundScorer(Protocol):
     answers: int
     log_probs: bool
 
-    def place(self, training_bytes: int, budget: int, observer: events.Observer) -> None:
-        """Decide what else is in memory beside a run that needs so many bytes (predicted)."""
+    def place(self, prediction: Prediction, budget: int, observer: events.Observer) -> Prediction:
+        """Decide what else is in memory beside the run; return its cost with that."""
         ...
 
     def score(self, answers: Round, model: nn.Module, stop: Callable[[], bool]) -> Begun:
@@ -86,6 +87,19 @@ class RoundScorer(Protocol):
     def figures(self, answers: Round) -> dict[str, float] | None:
         """Return what ``RoundBegun`` reports of a round that was scored, or None."""
         ...
+
+
+class WithoutNotices:
+    """Passes on every event but notices while it is ``active``: a run that is built again."""
+
+    def __init__(self, observer: events.Observer) -> None:
+        self.observer = observer
+        self.active = True
+
+    def notify(self, event: events.Event) -> None:
+        """Pass ``event`` on, unless it is a notice that was given before."""
+        if not (self.active and isinstance(event, events.Notice)):
+            self.observer.notify(event)
 
 
 @final

@@ -32,7 +32,7 @@ from mlx_slim.finetuning.forgetting import measure_forgetting
 from mlx_slim.finetuning.guard import check_disk, check_loading, preflight
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.report import write_page
-from mlx_slim.finetuning.rounds import AnswerRounds
+from mlx_slim.finetuning.rounds import AnswerRounds, WithoutNotices
 from mlx_slim.finetuning.run_dir import (
     RECORD,
     Result,
@@ -44,7 +44,13 @@ from mlx_slim.finetuning.run_dir import (
     run_dir,
     state_record,
 )
-from mlx_slim.finetuning.strategy import Student, TrainingStrategy, base_folder, plain_strategy
+from mlx_slim.finetuning.strategy import (
+    Student,
+    TargetGeneration,
+    TrainingStrategy,
+    base_folder,
+    plain_strategy,
+)
 from mlx_slim.finetuning.task_metric import validation_metric
 from mlx_slim.models import structure
 from mlx_slim.models.class_errors import class_errors
@@ -145,21 +151,17 @@ def _run(
     state = state_record(resolved, built.data, resume_plan.extended) if fresh else None
     from_first_rank(partial(begin, out, state, "" if started else resolved.text))
     if strategy.targets is not None and strategy.targets.missing():
-        student = built.tuned if strategy.targets.from_student else None
-        if student is None:  # the student makes room
-            del built
+        if strategy.targets.from_student:
+            _generate(strategy.targets, observer, built.tuned)
+        else:
+            del built  # the student makes room
             gc.collect()
             mx.clear_cache()
-        if not strategy.targets.generate(observer, student):
-            raise Interrupted("stopped while targets were computed; the targets so far are saved")
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        if student is None:
+            _generate(strategy.targets, observer, None)
             if first and newest is None:
                 metrics.clear()  # its events are written again
             built = _build(recipe, strategy, out, listeners, budget, unchanged=True)
             built.loop.extend(resume_plan.extended)
-        del student
     tuned, loop = built.tuned, built.loop
     tokenizer, validation = tuned.loaded.tokenizer, built.data.prompted
     if first and newest is not None:
@@ -197,7 +199,7 @@ def _run(
         if not strategy.scorer.score_alone(observer):
             raise Interrupted("stopped while answers were scored; the state is saved")
         mx.clear_cache()
-        rebuilding = _WithoutNotices(listeners)
+        rebuilding = WithoutNotices(listeners)
         built = _build(recipe, strategy, out, rebuilding, budget, unchanged=True)
         rebuilding.active = False
         built.loop.extend(resume_plan.extended)
@@ -244,17 +246,16 @@ def _run(
     return result
 
 
-class _WithoutNotices:
-    """Passes on every event but notices while it is ``active``: a run that is built again."""
+def _generate(targets: TargetGeneration, observer: events.Observer, student: Tuned | None) -> None:
+    """Compute the missing targets.
 
-    def __init__(self, observer: events.Observer) -> None:
-        self.observer = observer
-        self.active = True
-
-    def notify(self, event: events.Event) -> None:
-        """Pass ``event`` on, unless it is a notice that was given before."""
-        if not (self.active and isinstance(event, events.Notice)):
-            self.observer.notify(event)
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    if not targets.generate(observer, student):
+        raise Interrupted("stopped while targets were computed; the targets so far are saved")
+    mx.clear_cache()
+    mx.reset_peak_memory()
 
 
 @dataclass
@@ -295,7 +296,7 @@ def _build(
     batched = changed(recipe, {"train.batching": loop.batcher.mode})  # memory depends on it
     prediction = strategy.student.predict(batched, tuned, data.train.lengths.tolist())
     if strategy.scorer is not None:
-        strategy.scorer.place(prediction.predicted_peak_bytes, budget, observer)
+        prediction = strategy.scorer.place(prediction, budget, observer)
         loop.rounds = AnswerRounds(
             tuned.model,
             tuned.loaded.tokenizer,

@@ -278,7 +278,11 @@ def _disk(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork | None) -> 
 def _target_bytes(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) -> int:
     """Bytes of teachers' targets in the run folder (``distillation/target_cache.py``)."""
     distill = recipe.distill
-    if distill is None or distill.cache or distill.method not in ("auto", "logits", "uld"):
+    if (
+        distill is None
+        or distill.cache
+        or distill.method not in ("auto", "logits", "uld", "on-policy")
+    ):
         return 0
     top_k = shapes.vocabulary if distill.top_k == "all" else min(distill.top_k, shapes.vocabulary)
     fraction = work.supervised if recipe.data.mask_prompt else 1.0

@@ -133,7 +133,7 @@ def _loss_fraction(shapes: TrainingShapes, recipe: Recipe) -> float:
 def _column_bytes(recipe: Recipe, vocabulary: int) -> int:
     """Bytes that teachers' cached logits take for each position."""
     distill = recipe.distill
-    if distill is None or distill.method not in ("auto", "logits", "uld"):
+    if distill is None or distill.method not in ("auto", "logits", "uld", "on-policy"):
         return 0
     top_k = vocabulary if distill.top_k == "all" else min(distill.top_k, vocabulary)
     return COLUMN * top_k * len(distill.teachers)

@@ -8,7 +8,7 @@ students in one process are added. Try it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from mlx_slim.artifacts import is_hub_id
 from mlx_slim.config.distill import TeacherConfig
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.memory import Prediction, predict, weight_bytes
 from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.reading import ModelConfig, read_object
+
+_SCORING = 0.1  # of a teacher's weights: what its pass over a batch takes besides
 
 
 def with_model(teacher: TeacherConfig, recipe: Recipe) -> TeacherConfig:
@@ -68,10 +70,57 @@ def predict_run(
         SlimError: As ``predict``, or if the second student's configuration cannot be read.
     """
     first = predict(config, recipe, **settings)
-    if recipe.distill is None or recipe.distill.method != "mutual":
+    if recipe.distill is None:
+        return first
+    if recipe.distill.sampled_fraction > 0:
+        here = [one for one in recipe.distill.teachers if one.base_url is None]
+        teachers = [with_model(teacher, recipe) for teacher in here]
+        recipes = [
+            recipe.model_copy(update={"model": t.model, "revision": t.revision}) for t in teachers
+        ]
+        configs = [{**look_up(one), "dtype": first.dtype} for one in recipes]
+        sizes = [sum(weight_bytes(one).values()) for one in configs]
+        return beside_teachers(first, sizes, first.budget_bytes)[1]
+    if recipe.distill.method != "mutual":
         return first
     other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
     return combined(first, predict(look_up(other), other, **{**settings, "suggest": False}))
+
+
+def beside_teachers(
+    training: Prediction, teachers: Sequence[int], budget: int
+) -> tuple[bool, Prediction]:
+    """Return whether the teachers fit beside a run whose rounds they score, and its cost then.
+
+    Where they do not, student and teachers take turns, each alone in memory.
+
+    Args:
+        training: The cost of the run without teachers.
+        teachers: Bytes of each teacher's weights.
+        budget: Bytes.
+    """
+    weights = sum(teachers)
+    beside = training.predicted_peak_bytes + int(weights * (1 + _SCORING)) <= budget
+    peak = training.predicted_peak_bytes
+    breakdown = {**training.breakdown, "teachers": weights}
+    if not beside:
+        alone = int(max(teachers, default=0) * (1 + _SCORING))
+        breakdown = dict.fromkeys(training.breakdown, 0) | {"teachers": alone}
+        if alone <= peak:
+            breakdown = {**training.breakdown, "teachers": 0}
+    peak = sum(breakdown.values())
+    more = weights if beside else 0
+    suggestions = [
+        replace(s, predicted_peak_bytes=s.predicted_peak_bytes + more) for s in training.suggestions
+    ]
+    fits = peak <= training.budget_bytes
+    return beside, replace(
+        training,
+        predicted_peak_bytes=peak,
+        breakdown=breakdown,
+        fits=fits,
+        suggestions=suggestions,
+    )
 
 
 def combined(first: Prediction, second: Prediction) -> Prediction:

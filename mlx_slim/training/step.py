@@ -141,15 +141,24 @@ class CrossEntropy:
         return self.head_loss(rows, (targets_N, *rest), gradient=gradient)
 
     def head_loss(
-        self, rows: mx.array, columns: tuple[mx.array, ...], *, gradient: bool
+        self,
+        rows: mx.array,
+        columns: tuple[mx.array, ...],
+        *,
+        gradient: bool,
+        token_loss: TokenLoss | None = None,
     ) -> mx.array:
-        """Return Σ loss of what ``supervised_rows`` returns, float32, nats."""
+        """Return Σ loss of what ``supervised_rows`` returns, float32, nats.
+
+        ``token_loss`` replaces the objective's own.
+        """
+        token_loss = token_loss or self.token_loss
         if self.split is None:
-            return self.token_loss.value(rows, *columns)
+            return token_loss.value(rows, *columns)
         return linear_loss(
             rows,
             self.split.head,
-            self.token_loss,
+            token_loss,
             columns,
             chunk=self._chunk,
             gradient=gradient,

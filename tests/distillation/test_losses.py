@@ -23,7 +23,7 @@ from tests.training.test_losses import (
     check_the_peak,
 )
 
-KINDS_OF_DIVERGENCE = ["forward", "reverse", "symmetric"]
+KINDS_OF_DIVERGENCE = ["forward", "reverse", "symmetric", "jsd"]
 
 
 def _plain(p_NV: mx.array, q_NV: mx.array, kind: Divergence, temperature: float) -> mx.array:
@@ -32,7 +32,10 @@ def _plain(p_NV: mx.array, q_NV: mx.array, kind: Divergence, temperature: float)
     log_q = q_NV / temperature - mx.logsumexp(q_NV / temperature, axis=-1, keepdims=True)
     forward = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     reverse = (mx.exp(log_q) * (log_q - log_p)).sum(axis=-1)
-    return {"forward": forward, "reverse": reverse, "symmetric": (forward + reverse) / 2}[kind]
+    mixed = mx.log(0.5 * mx.exp(log_p) + 0.5 * mx.exp(log_q))
+    jsd = 0.5 * (mx.exp(log_p) * (log_p - mixed) + mx.exp(log_q) * (log_q - mixed)).sum(axis=-1)
+    symmetric = (forward + reverse) / 2
+    return {"forward": forward, "reverse": reverse, "symmetric": symmetric, "jsd": jsd}[kind]
 
 
 def _lumped(

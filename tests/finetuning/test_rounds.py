@@ -24,6 +24,7 @@ from mlx_slim.finetuning import rounds
 from mlx_slim.finetuning.round_answers import Round
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy, TrainingStrategy
+from mlx_slim.planner.memory import Prediction
 from mlx_slim.round_events import RoundBegun
 from mlx_slim.training.rounds import Begun
 from tests.support.runs import CtrlC, Recorder, losses, recipe, write_rows
@@ -49,8 +50,8 @@ class OfAnswers:
         self.scored: list[int] = []
         self.waiting: int | None = None
 
-    def place(self, training_bytes: int, budget: int, observer: events.Observer) -> None:
-        assert training_bytes > 0
+    def place(self, prediction: Prediction, budget: int, observer: events.Observer) -> Prediction:
+        return prediction
 
     def score(self, answers: Round, model: nn.Module, stop: Callable[[], bool]) -> Begun:
         if self.alone and answers.number not in self.scored:
@@ -269,7 +270,7 @@ def test_answers_in_a_compiled_step_have_two_shapes(
 
     def batches(self: Any, step: int, index: int) -> Any:
         ours = real(self, step, index)
-        shapes.update((one.tokens_BT.shape, len(one.targets_N)) for one in ours)
+        shapes.update((one.tokens_BT.shape, len(one.targets_N)) for one in ours or ())
         return ours
 
     monkeypatch.setattr(rounds.AnswerRounds, "batches", batches)
