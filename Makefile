@@ -19,7 +19,7 @@ JOBS ?= 2
 RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
 	phi2-full phi2-lora phi2-qlora \
 	mistral-lora mistral-qlora llama2-lora llama2-qlora \
-	smollm2-full smollm2-lora smollm2-qlora smollm2-dora smollm2-qat distill-smollm2 \
+	smollm2-full smollm2-lora smollm2-qlora smollm2-dora smollm2-qat distill-smollm2 distill-on-policy-smollm2 \
 	smollm2-dpo smollm2-orpo smollm2-kto tinyllama-dpo mistral-dpo \
 	sweep-smollm2-lora \
 	tailored-arc-easy tailored-arc-challenge tailored-openbookqa tailored-hellaswag \

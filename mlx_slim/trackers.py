@@ -29,6 +29,7 @@ from mlx_slim.events import (
     TaskValidated,
     ValidationDone,
 )
+from mlx_slim.round_events import RoundBegun
 
 
 def _package(module: str, extra: str) -> Any:
@@ -58,6 +59,14 @@ def scalars(event: Event) -> dict[str, float]:
             "memory/active_bytes": float(event.active_memory_bytes),
             "memory/peak_bytes": float(event.peak_memory_bytes),
             **_loss_metrics("train", event.metrics),
+        }
+    if isinstance(event, RoundBegun):
+        return {
+            "round/tokens": float(event.tokens),
+            "round/cut": float(event.cut),
+            "round/writing_seconds": event.writing_seconds,
+            "round/scoring_seconds": event.scoring_seconds,
+            **_loss_metrics("round", event.metrics),
         }
     if isinstance(event, ValidationDone):
         return {"validation/loss": event.loss, **_loss_metrics("validation", event.metrics)}

@@ -32,6 +32,7 @@ from mlx_slim.events import (
     TaskValidated,
     ValidationDone,
 )
+from mlx_slim.round_events import RoundBegun
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # decay per step of the running mean of the loss
@@ -79,6 +80,12 @@ def _figure(event: TaskValidated) -> str:
     return f"{event.metric} {event.value:.1%}"
 
 
+def _round(event: RoundBegun) -> str:
+    cut = f", {event.cut:,} cut" if event.cut else ""
+    figures = "".join(f", {k.replace('_', ' ')} {v:.3g}" for k, v in (event.metrics or {}).items())
+    return f"{event.answers:,} answers, {event.tokens:,} tokens{cut}{figures}"
+
+
 def _forgetting(event: ForgettingMeasured) -> str:
     return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
 
@@ -98,6 +105,7 @@ class TrainingProgress:
         self.task: TaskValidated | None = None
         self.best_task: TaskValidated | None = None
         self.forgetting: ForgettingMeasured | None = None
+        self.round: RoundBegun | None = None
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
         self.smoothed = math.nan
@@ -125,6 +133,8 @@ class TrainingProgress:
                     self.best_task = event
             case ForgettingMeasured():
                 self.forgetting = event
+            case RoundBegun():
+                self.round = event
             case Saved() | Resumed():
                 self.saved = event
             case StageProgress(stage="validating"):
@@ -179,12 +189,13 @@ class TrainingProgress:
                 )
             case StepDone():
                 left = eta(self.remaining_seconds())
+                age = "" if event.text_age is None else f"text {event.text_age} steps old "
                 return (
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
                     f"loss {event.loss:.4f}{_metrics(event.metrics)} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
-                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} eta {left}"
+                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} {age}eta {left}"
                 )
             case ValidationDone():
                 mark = " (best)" if event.best else ""
@@ -199,6 +210,12 @@ class TrainingProgress:
             case ForgettingMeasured():
                 over = "" if event.within else ": over the limit"
                 return f"forgetting at step {event.step}: {_forgetting(event)}{over}"
+            case RoundBegun():
+                return (
+                    f"round {event.round + 1} at step {event.step}: {_round(event)}; written in "
+                    f"{runtime.human_seconds(event.writing_seconds)}, scored in "
+                    f"{runtime.human_seconds(event.scoring_seconds)}"
+                )
             case Saved():
                 return f"saved {event.path}"
             case Resumed():
@@ -263,6 +280,9 @@ class TrainingView:
         compared = ""
         if step and step.metrics and "rewards/margins" in step.metrics:
             compared = _short_metrics(step.metrics)
+        saved = p.saved.path if p.saved else "–"
+        if p.round:
+            saved += f"  round {p.round.round + 1}: {_round(p.round)}"
         curve = sparkline(p.losses, max(0, width // 2 - 40 if wide else width - 40))
         cells = [
             ("loss", f"{p.smoothed:.4f}  last {step.loss:.4f}{compared}  {curve}" if step else "–"),
@@ -271,7 +291,7 @@ class TrainingView:
             ("best", best),
             ("tokens/s", f"{step.tokens_per_second:,.0f}" if step else "–"),
             ("learning rate", f"{step.learning_rate:.2e}" if step else "–"),
-            ("saved", p.saved.path if p.saved else "–"),
+            ("saved", saved),
             ("gradient norm", f"{step.grad_norm:.3f}" if step else "–"),
         ]
         per_row = 2 if wide else 1

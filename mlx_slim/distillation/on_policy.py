@@ -114,7 +114,7 @@ class TeacherScorer:
     ) -> None:
         self.fraction = fraction
         self._teachers, self._weights, self._names = teachers, weights, names
-        self._beside: bool | None = None
+        self._beside = False
         self._open: dict[str, OpenTeacher] = {}  # teachers that stay in memory
         self._until_end = contextlib.ExitStack()
         self._columns: list[RoundColumns] = []
@@ -129,18 +129,17 @@ class TeacherScorer:
         """Decide whether the teachers stay beside the student; return the cost with them."""
         sizes = self._weights()
         beside, whole = beside_teachers(prediction, sizes, budget)
-        if self._beside is None:
-            names = " and ".join(self._names)
-            student = human_bytes(prediction.predicted_peak_bytes)
-            need = f"{student} to train and {human_bytes(sum(sizes))} of {names}"
-            text = f"teacher beside the student: {need} fit into {human_bytes(budget)}"
-            if not beside:
-                text = (
-                    f"one model in memory at a time: {need} do not fit into {human_bytes(budget)}; "
-                    "the student is put away while a round is scored"
-                )
-            observer.notify(events.Notice(text))
-            self._beside = beside
+        names = " and ".join(self._names)
+        student = human_bytes(prediction.predicted_peak_bytes)
+        need = f"{student} to train and {human_bytes(sum(sizes))} of {names}"
+        text = f"teacher beside the student: {need} fit into {human_bytes(budget)}"
+        if not beside:
+            text = (
+                f"one model in memory at a time: {need} do not fit into {human_bytes(budget)}; "
+                "the student is put away while a round is scored"
+            )
+        observer.notify(events.Notice(text))
+        self._beside = beside
         return whole
 
     def score(self, answers: Round, model: nn.Module, stop: Callable[[], bool]) -> Begun:
@@ -187,7 +186,7 @@ class TeacherScorer:
             del generator_of
             gc.collect()
             mx.clear_cache()
-            answers.folder.add_scoring_seconds(time.perf_counter() - began)
+            answers.folder.add_seconds("scoring", time.perf_counter() - began)
             if not target_set.complete:
                 return False
         return True

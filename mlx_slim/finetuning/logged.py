@@ -28,6 +28,10 @@ _NUMBERS: dict[str, dict[str, type]] = {
     },
     "validation": {"step": int, "loss": float},
     "task_validation": {"step": int, "value": float},
+    "round": {
+        **{"step": int, "answers": int, "tokens": int, "cut": int},
+        **{"writing_seconds": float, "scoring_seconds": float},
+    },
 }
 
 

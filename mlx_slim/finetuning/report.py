@@ -23,6 +23,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
+from mlx_slim.finetuning.round_curves import round_charts
 from mlx_slim.finetuning.run_dir import (
     ANSWERS_FILE,
     RECORD,
@@ -130,6 +131,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
     steps = [event for event in told if event.get("event") == "step"]
     validations = [event for event in told if event.get("event") == "validation"]
     tasks = [event for event in told if event.get("event") == "task_validation"]
+    rounds = [event for event in told if event.get("event") == "round"]
     started = next((e for e in reversed(told) if e.get("event") == "started"), None)
     status = "complete" if record else "running" if is_locked(out / LOCK_FILE) else "stopped"
     predicted = _predicted(told, result)
@@ -155,6 +157,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         "charts": [
             *_charts(steps, validations, tasks, predicted, started, loss_title(recipe)),
             *preference_charts(steps, validations),
+            *round_charts(rounds, result["done"]["seconds"] if result else None),
         ],
         "memory": _memory(steps, result, predicted, started),
         "ledger": ledger,

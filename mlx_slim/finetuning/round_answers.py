@@ -29,7 +29,7 @@ from mlx_slim.artifacts import (
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, field, library_errors, parse_json, read_object, short
 
-ANSWERS, ABOUT, COMPLETE, SCORED = "answers.jsonl", "about.json", "complete.json", "scored.json"
+ANSWERS, ABOUT, COMPLETE, TIMES = "answers.jsonl", "about.json", "complete.json", "times.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class SampledAnswer:
         text: The answer as text, without special tokens.
         stop_reason: ``eos``, or ``length`` where it ran into its limit.
         ids: Token ids that were drawn, the stop token included.
-        seconds: Its part of the time that the answers of its chunk took.
         log_probs: Of ``ids`` when they were drawn, nats; None where nobody wants them.
     """
 
@@ -53,7 +52,6 @@ class SampledAnswer:
     text: str
     stop_reason: str
     ids: list[int]
-    seconds: float
     log_probs: list[float] | None = None
 
 
@@ -69,7 +67,7 @@ class RoundFolder:
     def __init__(self, path: Path, about: JsonObject, chunk: int) -> None:
         self.path, self.chunk = path, chunk
         about = json.loads(json.dumps(about))
-        files = (ANSWERS, COMPLETE, SCORED, ABOUT)
+        files = (ANSWERS, COMPLETE, TIMES, ABOUT)
         changed = (path / ABOUT).is_file() and read_json(path / ABOUT) != about
         if changed and not remove_folder(path, files):
             raise SlimError(f"{short(path)} holds files that belong to no round", "move them away")
@@ -136,15 +134,18 @@ class RoundFolder:
         file.touch()
         write_json(self.path / COMPLETE, {"answers": answers, "sha256": hash_file(file)})
 
-    @property
-    def scoring_seconds(self) -> float:
-        """Time that scoring took, 0 if there was nothing to score yet."""
-        file = self.path / SCORED
-        return float(read_object(file, seconds=float)["seconds"]) if file.is_file() else 0.0
+    def seconds(self, work: str) -> float:
+        """Return the time that ``writing`` or ``scoring`` took so far, kills included."""
+        file = self.path / TIMES
+        if not file.is_file():
+            return 0.0
+        return field(read_object(file), short(file), f"{work}_seconds", float, 0.0)
 
-    def add_scoring_seconds(self, seconds: float) -> None:
+    def add_seconds(self, work: str, seconds: float) -> None:
         """Add to that time."""
-        write_json(self.path / SCORED, {"seconds": self.scoring_seconds + seconds})
+        times = {name: self.seconds(name) for name in ("writing", "scoring")}
+        times[work] = round(times[work] + seconds, 6)
+        write_json(self.path / TIMES, {f"{name}_seconds": value for name, value in times.items()})
 
 
 def _record(answer: SampledAnswer) -> JsonObject:

@@ -212,8 +212,8 @@ class AnswerRounds:
                     answers=len(stored),
                     tokens=int(answers.supervised.sum()),
                     cut=sum(one.stop_reason == "length" for one in stored),
-                    writing_seconds=round(sum(one.seconds for one in stored), 3),
-                    scoring_seconds=round(folder.scoring_seconds, 3),
+                    writing_seconds=round(folder.seconds("writing"), 3),
+                    scoring_seconds=round(folder.seconds("scoring"), 3),
                     metrics=self._scorer.figures(answers) if stored else None,
                 )
             )
@@ -258,7 +258,9 @@ class AnswerRounds:
             while done < len(requests):
                 if stop():
                     return False
+                began = time.perf_counter()
                 folder.append(self._answers(step, requests[done : done + CHUNK], size))
+                folder.add_seconds("writing", time.perf_counter() - began)
                 done += CHUNK
                 work.reach(min(done, len(requests)))
         folder.finish(len(requests))
@@ -270,7 +272,6 @@ class AnswerRounds:
         from mlx_slim.evaluation.scoring.generate import generate_batch  # imports mlx-lm
         from mlx_slim.evaluation.scoring.sampling import Sampling
 
-        began = time.perf_counter()
         prompts = [self._prompt(row) for row, _ in requests]
         generations = generate_batch(
             self._model,
@@ -283,7 +284,6 @@ class AnswerRounds:
             keys=[(self._train.seed, step // self.steps, *request) for request in requests],
             log_probs=self._scorer.log_probs,
         )
-        seconds = (time.perf_counter() - began) / len(requests)
         decode = unwrap(self._tokenizer).decode
         return [
             SampledAnswer(
@@ -293,7 +293,6 @@ class AnswerRounds:
                 text=generation.text,
                 stop_reason=generation.stop_reason,
                 ids=generation.drawn,
-                seconds=round(seconds, 6),
                 log_probs=generation.log_probs,
             )
             for (row, number), prompt, generation in zip(

@@ -73,18 +73,28 @@ def predict_run(
     if recipe.distill is None:
         return first
     if recipe.distill.sampled_fraction > 0:
-        here = [one for one in recipe.distill.teachers if one.base_url is None]
-        teachers = [with_model(teacher, recipe) for teacher in here]
-        recipes = [
-            recipe.model_copy(update={"model": t.model, "revision": t.revision}) for t in teachers
-        ]
-        configs = [{**look_up(one), "dtype": first.dtype} for one in recipes]
-        sizes = [sum(weight_bytes(one).values()) for one in configs]
-        return beside_teachers(first, sizes, first.budget_bytes)[1]
+        sizes = _teacher_sizes(recipe, look_up, first.dtype)
+        return first if sizes is None else beside_teachers(first, sizes, first.budget_bytes)[1]
     if recipe.distill.method != "mutual":
         return first
     other = second_recipe(recipe, with_model(recipe.distill.teachers[0], recipe))
     return combined(first, predict(look_up(other), other, **{**settings, "suggest": False}))
+
+
+def _teacher_sizes(
+    recipe: Recipe, look_up: Callable[[Recipe], ModelConfig], dtype: str
+) -> list[int] | None:
+    """Return the bytes of the teachers' weights; None if a configuration is not to be had."""
+    teachers = recipe.distill.teachers if recipe.distill is not None else []
+    sizes = []
+    for teacher in (with_model(one, recipe) for one in teachers if one.base_url is None):
+        named = {"model": teacher.model, "revision": teacher.revision}
+        try:
+            config = look_up(recipe.model_copy(update=named))
+        except SlimError:
+            return None
+        sizes.append(sum(weight_bytes({**config, "dtype": dtype}).values()))
+    return sizes
 
 
 def beside_teachers(

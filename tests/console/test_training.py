@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from mlx_slim.events import (
     TaskValidated,
     ValidationDone,
 )
+from mlx_slim.round_events import RoundBegun
 from mlx_slim.trackers import scalars
 
 SHOW_CURSOR = "\x1b[?25h"
@@ -195,3 +197,18 @@ def test_the_metric_of_a_task_is_a_line_and_the_best_one_stands_in_the_view() ->
     RichConsole(file=shown, width=100).print(progress.view("run"))
     assert "strict_match 25.0%" in shown.getvalue()
     assert "strict_match 50.0% at step 2" in shown.getvalue()
+
+
+def test_a_round_says_what_was_written_and_how_old_a_steps_text_is() -> None:
+    begun = RoundBegun(
+        step=16, round=1, steps=16, answers=64, tokens=5120, cut=3, writing_seconds=61.0,
+        scoring_seconds=12.0, metrics={"mean_reward": 0.25},
+    )  # fmt: skip
+    aged = replace(step(17, 2.0), text_age=0)
+    text = show("plain", story=[begun, aged])
+    assert (
+        "round 2 at step 16: 64 answers, 5,120 tokens, 3 cut, mean reward 0.25; written in" in text
+    )
+    assert "1:01, scored in 0:12" in text
+    assert "text 0 steps old eta" in text
+    assert "round 2: 64 answers" in show("live", terminal=True, width=200, story=[begun])

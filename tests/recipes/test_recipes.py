@@ -43,7 +43,7 @@ def test_the_promised_recipes_exist() -> None:
         "smollm2": "full lora qlora dora qat",
     }
     assert sorted(f"{m}-{k}" for m, kinds in methods.items() for k in kinds.split()) == TUNED
-    assert DISTILLED == ["distill-smollm2"]
+    assert DISTILLED == ["distill-on-policy-smollm2", "distill-smollm2"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,6 +95,12 @@ _RUNS = {
             "data.max_rows=8",
         ]
     ),
+    "distill on-policy": Command(
+        [
+            *("distill", "small.yaml", "train.steps=3", "train.batch_tokens=128", _TEACHER),
+            *("distill.method=on-policy", "rounds.steps=2", "rounds.max_tokens=8"),
+        ]
+    ),
     "distill mutual": Command(
         ["distill", "small.yaml", *_SHORT, _TEACHER, "distill.method=mutual"]
     ),
