@@ -162,6 +162,13 @@ class TeacherScorer:
         with StopRequest() as stop:
             return from_first_rank(partial(self._fill, answers, lambda: stop.requested))
 
+    def close(self) -> None:
+        """Free the teachers."""
+        self._open.clear()
+        self._until_end.close()
+        gc.collect()
+        mx.clear_cache()
+
     def figures(self, answers: Round) -> dict[str, float] | None:
         """Return none: the divergence is in every step."""
         return None

@@ -84,6 +84,10 @@ class RoundScorer(Protocol):
         """Do what ``score`` could not while the model was in memory; False if interrupted."""
         ...
 
+    def close(self) -> None:
+        """Free what is in memory besides the model: the run trains no more."""
+        ...
+
     def figures(self, answers: Round) -> dict[str, float] | None:
         """Return what ``RoundBegun`` reports of a round that was scored, or None."""
         ...

@@ -9,7 +9,7 @@ behind. Try it: ``mlx-slim train smollm2-lora -o runs/try``.
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,7 @@ def finetune(
         run_dir(out).resumable(partial(command_words, resolved)),
         memory_limits(memory_budget(recipe.memory.budget)),
         keep_awake(recipe.train.keep_awake),
+        nullcontext() if strategy.scorer is None else closing(strategy.scorer),
     ):
         return _run(resolved, out, observer, strategy, started)
 
@@ -225,6 +226,8 @@ def _run(
         base=None if tuned.base is None else base_folder(Path(artifact)).name,
     )
     del built, loop  # optimizer, batches, objectives: what follows needs the model alone
+    if strategy.scorer is not None:
+        strategy.scorer.close()
     gc.collect()
     mx.clear_cache()
     if world().rank() == 0:

@@ -166,8 +166,8 @@ def test_a_plan_counts_the_teacher(tiny: TinyModels, tmp_path: Path) -> None:
     assert teachers > 4_000_000
     assert both.predicted_peak_bytes == alone.predicted_peak_bytes + teachers
     in_turns = plan(resolved.recipe, budget=TURNS)[0]
-    assert in_turns.predicted_peak_bytes == alone.predicted_peak_bytes
-    assert in_turns.breakdown["teachers"] == 0
+    # In turns each is alone: the teacher with its pass over a batch is the larger here.
+    assert in_turns.predicted_peak_bytes == in_turns.breakdown["teachers"] == int(1.1 * teachers)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tiny: TinyModels, tmp_path: Path) -> None:

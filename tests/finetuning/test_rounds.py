@@ -66,6 +66,9 @@ class OfAnswers:
         self.scored.append(self.waiting)
         return True
 
+    def close(self) -> None:
+        """Nothing else was loaded."""
+
     def figures(self, answers: Round) -> dict[str, float]:
         return {"answers": float(len(answers))}
 
