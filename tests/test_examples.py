@@ -34,6 +34,7 @@ EXPECTED = {
     "09_stop_before_it_forgets.py": (["adapters", "run.json"], "bits a byte"),
     "10_compare_matrix.sh": (["report.html"], "all agree"),
     "11_chat_with_tools.sh": (["adapters", "run.json"], "<tool_call>"),
+    "12_preferences.sh": (["run/adapters", "run/run.json"], "200 validation pairs"),
 }
 REAL = {"05_custom_task.sh", "06_resume_after_a_crash.sh"}  # start the program itself; one kills it
 

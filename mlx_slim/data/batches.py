@@ -56,7 +56,7 @@ class Batcher:
         seed: Of the shuffles.
         limit: Most shapes (B, T, N) that the micro-batches may have, padded to them
             (``data/shapes.py``); None leaves each as it is.
-        unit: Neighbouring rows of the store that stay together, such as both answers of a pair;
+        unit: Neighbouring rows of the store kept side by side, such as both answers of a pair;
             above 1 only ``grouped``. Shapes and plans are made of units, each as wide as its rows
             side by side.
     """

@@ -81,7 +81,7 @@ class Batch:
         nodes: Of a batch whose rows share their beginnings: the one sequence is a list of nodes.
         sampled: Its rows are answers that the model wrote (``training/rounds.py``): ``sources_N``
             numbers the targets of these.
-        unit: Neighbouring rows that stay together, such as both answers of a pair.
+        unit: Neighbouring rows that one shard holds, such as both answers of a pair.
     """
 
     tokens_BT: np.ndarray
@@ -177,7 +177,7 @@ def collate(
         isolate: Whether sequences are packed, so that segments are needed.
         width: Fewest positions of a sequence.
         firsts: ``first_targets(rows)``, where it was computed before.
-        unit: Neighbouring sequences that stay together.
+        unit: Neighbouring sequences that one shard holds.
     """
     firsts = first_targets(rows) if firsts is None else firsts
     sequences: list[list[tuple[np.ndarray, np.ndarray, int]]] = []

@@ -59,7 +59,7 @@ class Prepared:
         ledger: Every row accounted for (also in ``data_ledger.json``).
         fingerprint: What the rows were made from; compare with ``fingerprint_difference``.
         note: What a user should know of rows that an older version stored; empty otherwise.
-        unit: Neighbouring rows that stay together: 2 for both answers of a pair.
+        unit: Neighbouring rows that are never separated: 2 for both answers of a pair.
         with_prompts: Of each unit's first row the prompt is learned too (``data/with_prompts.py``).
     """
 
@@ -249,7 +249,7 @@ def _open(tokens: Path, fingerprint: JsonObject, ledger: JsonObject) -> Prepared
 
 
 def unit_of(fingerprint: JsonObject) -> int:
-    """Return how many neighbouring rows stay together."""
+    """Return how many neighbouring rows are never separated."""
     return 2 if fingerprint.get("preference") == "pairs" else 1
 
 

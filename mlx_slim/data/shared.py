@@ -49,11 +49,12 @@ class _Rows:
         return _Rows(*([column[i] for i in chosen] for column in vars(self).values()))
 
     def cut(self, count: int) -> list[_Rows]:
-        """Return up to ``count`` parts of neighbouring rows, whole units each."""
+        """Return up to ``count`` shards of neighbouring rows, whole units each."""
         order = list(dict.fromkeys(self.units))  # by the first row of each
-        parts = np.array_split(np.array(order), min(count, len(order)))
-        wanted = [set(part.tolist()) for part in parts]
-        return [self.part([i for i, u in enumerate(self.units) if u in units]) for units in wanted]
+        shards = [
+            set(units.tolist()) for units in np.array_split(np.array(order), min(count, len(order)))
+        ]
+        return [self.part([i for i, u in enumerate(self.units) if u in units]) for units in shards]
 
 
 def _rows_of(batch: Batch) -> _Rows:

@@ -75,7 +75,7 @@ def weighted(
 ) -> np.ndarray:
     """Return the training index: each source's rows as often as its weight says.
 
-    Each ``unit`` neighbouring rows, such as both answers of a pair, come together.
+    Each ``unit`` neighbouring rows, such as both answers of a pair, are taken or left as one.
     """
     indices: list[np.ndarray] = []
     for number, weight in enumerate(weights):

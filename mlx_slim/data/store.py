@@ -39,7 +39,7 @@ class TokenRows:
         hashes_R: uint64 hash of each row's ids.
         weights_S: float32 loss weights, None where every target's is 1.
         begins_R: bool, whether each row begins a text; None where all do, none being a later piece.
-        labels_R: bool, whether each row's answer is wanted; None where rows have no labels.
+        labels_R: bool, whether each row's answer is label_file; None where rows have no labels.
     """
 
     ids_S: np.ndarray
@@ -161,7 +161,7 @@ class TokenStore:
         supervised: Supervised targets of each row, int64 (N,).
         index: Number of each row among all rows of the folder, int64 (N,).
         texts: Number of the text that each row is, or is a piece of, int64 (N,).
-        labels: Whether each row's answer is wanted, bool (N,); None where rows have no labels.
+        labels: Whether each row's answer is label_file, bool (N,); None where rows have no labels.
         fingerprint: Hash of what the rows were made from, and of which rows these are.
     """
 
@@ -180,8 +180,8 @@ class TokenStore:
             self._weights = np.memmap(weights, np.float32, "r") if weights.is_file() else None
             pieces = folder / "texts.npy"
             texts = np.load(pieces) if pieces.is_file() else np.arange(len(counts))
-            wanted = folder / "labels.npy"
-            labels = np.load(wanted) if wanted.is_file() else None
+            label_file = folder / "labels.npy"
+            labels = np.load(label_file) if label_file.is_file() else None
         except (OSError, ValueError) as error:
             raise SlimError(
                 f"the tokenised rows in {folder} cannot be read: {error}",

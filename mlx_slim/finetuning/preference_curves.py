@@ -1,6 +1,6 @@
 """Curves of a run that compares answers: reward margins, rewards of both answers, accuracies.
 
-Invariant: they are read from the ``parts`` of its events; a value that is no number is left out. A
+Invariant: they are read from the metrics of its events; a value that is no number is left out. A
 run that learns its rows has none. Try it: ``mlx-slim report runs/dpo``.
 """
 
@@ -11,13 +11,16 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mlx_slim.events import StepDone
 from mlx_slim.finetuning.curves import Series, chart, smooth
 
+METRICS = StepDone.record_keys["metrics"]
 
-def _part_points(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+
+def _metric_points(events: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     """Return the points of one of the terms that a loss reports besides."""
-    parts = [(event["step"], event.get("parts")) for event in events]
-    values = [(step, one.get(name)) for step, one in parts if isinstance(one, dict)]
+    terms = [(event["step"], event.get(METRICS)) for event in events]
+    values = [(step, one.get(name)) for step, one in terms if isinstance(one, dict)]
     return [(float(step), value) for step, value in values if isinstance(value, float)]
 
 
@@ -35,10 +38,10 @@ def preference_charts(
     """Return the curves of a run that compares answers: rewards and accuracies."""
 
     def both(name: str, label: str, color: str) -> list[Series]:
-        training, held_out = _part_points(steps, name), _part_points(validations, name)
+        training, validation = _metric_points(steps, name), _metric_points(validations, name)
         return [
             Series(f"{label}, smoothed", smooth(training), color),
-            Series(f"{label}, validation", held_out, color, "dots"),
+            Series(f"{label}, validation", validation, color, "dots"),
         ]
 
     rewards = (("rewards/chosen", "chosen", "--c1"), ("rewards/rejected", "rejected", "--c5"))

@@ -1,7 +1,7 @@
 """Losses of preferred and other answers, from their summed log-probabilities.
 
 Invariant: each is TRL 1.16's, value and gradient (``tests/parity/test_preferences.py``), and a sum
-over pairs or rows needs nothing but what stands in the arguments. With h the log-probability of an
+over pairs or rows needs nothing but the arguments. With h the log-probability of an
 answer minus the reference's, n its tokens, m its mean log-probability, w the chosen and l the
 rejected answer, Δ = h_w − h_l::
 
@@ -27,7 +27,7 @@ from mlx_slim.config.preference import PreferenceConfig
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerPairs:
     """Both answers of each pair, chosen and rejected; float32 (U, 2).
 
     Attributes:
@@ -70,7 +70,7 @@ def log_one_minus_exp(x: mx.array) -> mx.array:
     return mx.where(near, mx.log(-mx.expm1(small)), mx.log1p(-mx.exp(large)))
 
 
-def pair_losses(config: PreferenceConfig, answers: Answers) -> mx.array:
+def pair_losses(config: PreferenceConfig, answers: AnswerPairs) -> mx.array:
     """Return the loss of each pair, float32 (U,); ORPO's without its NLL."""
     beta = config.beta
     if config.loss == "ipo":
@@ -89,23 +89,23 @@ def pair_losses(config: PreferenceConfig, answers: Answers) -> mx.array:
     return smoothed(logits, config.label_smoothing, robust=config.loss == "robust")
 
 
-def pair_rewards(config: PreferenceConfig, answers: Answers) -> mx.array:
+def pair_rewards(config: PreferenceConfig, answers: AnswerPairs) -> mx.array:
     """Return the implicit reward of both answers, (U, 2): β times log-ratio or mean."""
     return config.beta * (answers.ratios if config.has_reference else answers.means)
 
 
 def kto_losses(
-    config: PreferenceConfig, ratios_R: mx.array, wanted_R: mx.array, kl: mx.array
+    config: PreferenceConfig, ratios_R: mx.array, desirable_R: mx.array, kl: mx.array
 ) -> mx.array:
     """Return the loss of each row (R,).
 
     Args:
         config: β and both weights.
         ratios_R: Log-ratio of each answer.
-        wanted_R: Whether it is wanted, bool.
+        desirable_R: Whether it is wanted, bool.
         kl: z, a scalar.
     """
     margins_R = config.beta * (ratios_R - kl)
-    wanted_loss_R = config.desirable_weight * (1 - mx.sigmoid(margins_R))
+    desirable_loss_R = config.desirable_weight * (1 - mx.sigmoid(margins_R))
     other_loss_R = config.undesirable_weight * (1 - mx.sigmoid(-margins_R))
-    return mx.where(wanted_R, wanted_loss_R, other_loss_R)
+    return mx.where(desirable_R, desirable_loss_R, other_loss_R)

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_slim.config.preference import PreferenceConfig
 from mlx_slim.data.batches import Batch, RowStore, first_targets
 from mlx_slim.models.logits import token_nll
-from mlx_slim.preferences.losses import Answers, kto_losses, pair_losses, pair_rewards
+from mlx_slim.preferences.losses import AnswerPairs, kto_losses, pair_losses, pair_rewards
 from mlx_slim.preferences.scorer import RowScorer
 from mlx_slim.training.log_probs import target_log_probs
 from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows, total_weight
@@ -182,7 +182,7 @@ class PairObjective(AnswerLogProbs):
         log_probs_N = self.log_probs(model, *inputs, gradient=gradient)
         sums_R, counts_R = row_sums(log_probs_N, row_N, 2 * real_U.shape[0])
         reference = last if config.has_reference else None
-        answers = Answers(sums_R.reshape(-1, 2), counts_R.reshape(-1, 2), reference)
+        answers = AnswerPairs(sums_R.reshape(-1, 2), counts_R.reshape(-1, 2), reference)
 
         def total(values_U: mx.array) -> mx.array:
             return mx.where(real_U, values_U, 0).sum()
@@ -207,7 +207,7 @@ class KtoObjective(AnswerLogProbs):
         reference: The reference's log-probability of each row.
         mismatched: Scores the rows whose divergence is z (``MismatchedRows``).
         reference_mismatched: The reference's log-probability of each of these.
-        wanted_R: The labels of the store's rows.
+        desirable_R: The labels of the store's rows.
         batch_tokens: Positions of a micro-batch of mismatched rows.
         rows, model, chunk, vocabulary, num_threads: As ``AnswerLogProbs``.
     """
@@ -220,7 +220,7 @@ class KtoObjective(AnswerLogProbs):
         reference: Reference,
         mismatched: RowScorer,
         reference_mismatched: Reference,
-        wanted_R: np.ndarray,
+        desirable_R: np.ndarray,
         batch_tokens: int,
         rows: RowStore,
         model: nn.Module,
@@ -229,7 +229,7 @@ class KtoObjective(AnswerLogProbs):
         num_threads: int = 1,
     ) -> None:
         super().__init__(rows, model, chunk, vocabulary, num_threads)
-        self._config, self._reference, self._wanted_R = config, reference, wanted_R
+        self._config, self._reference, self._desirable_R = config, reference, desirable_R
         self._mismatched, self._reference_mismatched = mismatched, reference_mismatched
         self._batch_tokens = batch_tokens
         # z, and rows of the step over its wanted and its other ones: what a mean of either needs.
@@ -237,24 +237,24 @@ class KtoObjective(AnswerLogProbs):
 
     def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure z = max(0, mean log-ratio of mismatched rows), and count the labels."""
-        divergence = count = wanted = 0.0
+        divergence = count = desirable = 0.0
         training = model.training
         model.eval()  # without dropout
         for batch in batches:
             numbers_R = place(batch, self.firsts_R).numbers_R
             numbers_R = numbers_R[numbers_R >= 0]
             count += len(numbers_R)
-            wanted += np.count_nonzero(self._wanted_R[numbers_R])
-            for part in self._parts(numbers_R):
-                ratios = self._mismatched(model, part) - self._reference_mismatched(part)
+            desirable += np.count_nonzero(self._desirable_R[numbers_R])
+            for chunk in self._chunks(numbers_R):
+                ratios = self._mismatched(model, chunk) - self._reference_mismatched(chunk)
                 divergence += float(ratios.sum(dtype=np.float64))
         model.train(training)
-        divergence, count, wanted = map(total_weight, (divergence, count, wanted))
+        divergence, count, desirable = map(total_weight, (divergence, count, desirable))
         if count:
-            shares = [count / n if n else np.nan for n in (wanted, count - wanted)]
-            self._step = np.array([max(0.0, divergence / count), *shares], np.float32)
+            scales = [count / n if n else np.nan for n in (desirable, count - desirable)]
+            self._step = np.array([max(0.0, divergence / count), *scales], np.float32)
 
-    def _parts(self, numbers_R: np.ndarray) -> Iterable[np.ndarray]:
+    def _chunks(self, numbers_R: np.ndarray) -> Iterable[np.ndarray]:
         """Yield rows of like length, within ``batch_tokens`` positions where there are several."""
         lengths = self._mismatched.rows.lengths
         order = numbers_R[np.argsort(-lengths[numbers_R], kind="stable")]
@@ -267,19 +267,19 @@ class KtoObjective(AnswerLogProbs):
         """Return ``batch_arrays``, row of each target, real rows, reference, labels, the step's."""
         placed = place(batch, self.firsts_R)
         real_R = placed.numbers_R >= 0
-        wanted_R = np.where(real_R, self._wanted_R[placed.numbers_R], True)
+        desirable_R = np.where(real_R, self._desirable_R[placed.numbers_R], True)
         return (
             *batch_arrays(batch),
             mx.array(placed.row_N),
             mx.array(real_R | placed.measuring),
             mx.array(_of(self._reference, placed)),
-            mx.array(wanted_R),
+            mx.array(desirable_R),
             mx.array(self._step),
         )
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ over rows of the loss and of ``metrics``, float32."""
-        *inputs, row_N, real_R, reference_R, wanted_R, step = arrays
+        *inputs, row_N, real_R, reference_R, desirable_R, step = arrays
         log_probs_N = self.log_probs(model, *inputs, gradient=gradient)
         sums_R, _ = row_sums(log_probs_N, row_N, real_R.shape[0])
         ratios_R, kl = sums_R - reference_R, step[0]
@@ -287,11 +287,11 @@ class KtoObjective(AnswerLogProbs):
         def total(values_R: mx.array, which_R: mx.array = real_R) -> mx.array:
             return mx.where(which_R, values_R, 0).sum()
 
-        loss = total(kto_losses(self._config, ratios_R, wanted_R, kl))
-        ratios_R = mx.stop_gradient(ratios_R)  # a share that is not a number has no gradient
+        loss = total(kto_losses(self._config, ratios_R, desirable_R, kl))
+        ratios_R = mx.stop_gradient(ratios_R)  # a scale that is not a number has no gradient
         rewards_R = self._config.beta * ratios_R
-        chosen = step[1] * total(rewards_R, real_R & wanted_R)
-        rejected = step[2] * total(rewards_R, real_R & ~wanted_R)
-        right = total((ratios_R > kl) == wanted_R)
+        chosen = step[1] * total(rewards_R, real_R & desirable_R)
+        rejected = step[2] * total(rewards_R, real_R & ~desirable_R)
+        right = total((ratios_R > kl) == desirable_R)
         reported = (chosen, rejected, chosen - rejected, right, total(mx.ones_like(ratios_R)) * kl)
         return mx.stack([loss, *reported]).astype(mx.float32)

@@ -22,7 +22,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
 from mlx_slim.models.load import load
 from mlx_slim.preferences.scorer import RowScorer
-from mlx_slim.preferences.strategy import PreferenceStrategy
+from mlx_slim.preferences.strategy import PreferenceStrategy, allows_prefix_sharing
 from mlx_slim.progress import tracked
 from mlx_slim.runtime import default_num_threads, resolve_dtype
 
@@ -72,9 +72,10 @@ def validate_pairs(recipe: Recipe) -> PairAccuracy:
         if not rows:
             raise SlimError("this recipe has no validation rows", "set data.validation=0.02")
         settings = train.loss_chunk, loaded.config.get("vocab_size", 8), default_num_threads()
-        scorer = RowScorer(rows, loaded.model, *settings)
+        sharing = allows_prefix_sharing(recipe, loaded.model)
+        scorer = RowScorer(rows, loaded.model, *settings, prefix_sharing=sharing)
         sizes = train.batch_tokens, train.max_length
-        plan = Batcher(rows, *sizes, "grouped", train.seed).plan(0)
+        plan = Batcher(rows, *sizes, "grouped", train.seed, unit=2).plan(0)
         means = np.empty(len(rows))
         for groups in tracked(plan, "scoring the pairs", "micro-batches"):
             numbers = [row for (row,) in groups]

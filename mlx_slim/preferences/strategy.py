@@ -29,6 +29,7 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.run_dir import adapter_hashes
 from mlx_slim.finetuning.strategy import SingleModel
+from mlx_slim.models.prefix_attention import why_not
 from mlx_slim.models.tensors import WEIGHTS
 from mlx_slim.preferences.objective import KtoObjective, PairObjective
 from mlx_slim.preferences.reference import ReferenceCache
@@ -41,6 +42,7 @@ from mlx_slim.runtime import (
     dtype_name,
     free_disk,
     human_bytes,
+    on_gpu,
     resolve_dtype,
     world,
 )
@@ -91,6 +93,7 @@ class PreferenceStrategy:
         self._batch_tokens = 0
         self._vocabulary = 8
         self._chunk: int | None = None
+        self._prefix_sharing = False
 
     @property
     def targets(self) -> PreferenceStrategy | None:
@@ -113,6 +116,7 @@ class PreferenceStrategy:
         self._batch_tokens = recipe.train.batch_tokens
         self._vocabulary = tuned.config.get("vocab_size", 8)
         self._chunk = recipe.train.loss_chunk
+        self._prefix_sharing = allows_prefix_sharing(recipe, tuned.model)
         if not self._splits:
             self._splits = [_Split(data.train, data.train_view)]
             if data.validation is not None:
@@ -134,7 +138,8 @@ class PreferenceStrategy:
 
         def cache(rows: RowStore, name: str) -> ReferenceCache:
             sizes = train.batch_tokens, train.max_length
-            batcher = Batcher(rows, *sizes, "grouped", train.seed)
+            unit = 1 if self.config.loss == "kto" else 2
+            batcher = Batcher(rows, *sizes, "grouped", train.seed, unit=unit)
             return ReferenceCache(out / REFERENCE_FOLDER, key, batcher, hash_json(name))
 
         for split in self._splits:
@@ -189,7 +194,8 @@ class PreferenceStrategy:
 
     def _score(self, cache: ReferenceCache, model: nn.Module, stop: Callable[[], bool]) -> None:
         settings = self._chunk, self._vocabulary, default_num_threads()
-        scorer = RowScorer(cache.rows, model, *settings)
+        sharing = self._prefix_sharing
+        scorer = RowScorer(cache.rows, model, *settings, prefix_sharing=sharing)
         what = "scoring the rows with the untrained model (reference)"
         with stage(what, len(cache.rows), "rows") as scoring:
             for count in cache.write(scorer, model, stop):
@@ -202,16 +208,16 @@ class PreferenceStrategy:
         rows, reference = self._splits[1].answers, self._splits[1].reference
         assert reference is not None
         means = reference(np.arange(len(rows))) / rows.supervised
-        share = float((means[::2] > means[1::2]).mean())
-        observer.notify(events.Notice(pair_accuracy_text(share, len(rows) // 2)))
+        accuracy = float((means[::2] > means[1::2]).mean())
+        observer.notify(events.Notice(pair_accuracy_text(accuracy, len(rows) // 2)))
 
     def objectives(
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return the loss over the training rows, and the same over the validation rows."""
         settings = chunk, vocabulary, num_threads
-        made = [self._objective(split, model, settings) for split in self._splits]
-        return made[0], made[1] if len(made) > 1 else None
+        each = [self._objective(split, model, settings) for split in self._splits]
+        return each[0], each[1] if len(each) > 1 else None
 
     def _objective(
         self, split: _Split, model: nn.Module, settings: tuple[int | None, int, int]
@@ -220,13 +226,14 @@ class PreferenceStrategy:
         if config.loss != "kto":
             answers = rows.answers_S if isinstance(rows, WithPrompts) else None
             return PairObjective(config, split.reference, rows, model, *settings, answers)
-        wanted, mismatched = split.answers.labels, split.mismatched
+        labels, mismatched = split.answers.labels, split.mismatched
         assert split.reference is not None
         assert mismatched is not None
-        assert wanted is not None
-        scorer = RowScorer(mismatched.rows, model, *settings)
-        kept = split.reference, scorer, mismatched, wanted, self._batch_tokens
-        return KtoObjective(config, *kept, rows, model, *settings)
+        assert labels is not None
+        sharing = self._prefix_sharing
+        scorer = RowScorer(mismatched.rows, model, *settings, prefix_sharing=sharing)
+        inputs = split.reference, scorer, mismatched, labels, self._batch_tokens
+        return KtoObjective(config, *inputs, rows, model, *settings)
 
     def record(self) -> JsonObject:
         """Return the loss and the number of rows that were compared, for ``run.json``."""
@@ -239,11 +246,20 @@ class PreferenceStrategy:
         return {"preference": {"loss": self.config.loss, "rows": self.config.rows, **counts}}
 
 
-def pair_accuracy_text(share: float, pairs: int) -> str:
+def allows_prefix_sharing(recipe: Recipe, model: nn.Module) -> bool:
+    """Return whether rows that are scored without gradients share what they begin with."""
+    train = recipe.train
+    compiled = on_gpu() if train.compile == "auto" else train.compile
+    if train.prefix_sharing is False or compiled:
+        return False
+    return not why_not(model, train.max_length)
+
+
+def pair_accuracy_text(accuracy: float, pairs: int) -> str:
     """Return the sentence about the pairs that an untrained model has the right way round."""
     return (
-        f"before training, the chosen answer has the higher mean log-probability in {share:.1%} of "
-        f"{pairs:,} validation pairs"
+        f"before training, the chosen answer has the higher mean log-probability in {accuracy:.1%} "
+        f"of {pairs:,} validation pairs"
     )
 
 

@@ -222,9 +222,9 @@ def test_pairs_are_split_and_weighted_whole(pairs: Any, tokens: Any, tmp_path: P
 
 
 def test_a_pair_of_which_an_answer_validates_is_not_trained_on(pairs: Any, tmp_path: Path) -> None:
-    held_out = tmp_path / "held.jsonl"
-    held_out.write_text(json.dumps({"prompt": "1?", "chosen": "well", "rejected": "no"}) + "\n")
-    prepared = pairs([_pair(0), _pair(1), _pair(2)], validation=str(held_out))
+    held_back = tmp_path / "held.jsonl"
+    held_back.write_text(json.dumps({"prompt": "1?", "chosen": "well", "rejected": "no"}) + "\n")
+    prepared = pairs([_pair(0), _pair(1), _pair(2)], validation=str(held_back))
     assert len(prepared.train) == 4
     assert prepared.ledger["split"]["removed_from_train_as_duplicates_of_validation"] == 1
 
@@ -232,9 +232,9 @@ def test_a_pair_of_which_an_answer_validates_is_not_trained_on(pairs: Any, tmp_p
 def test_labels_are_kept_with_their_rows(pairs: Any) -> None:
     rows = [{"prompt": f"{i}?", "completion": "yes", "label": i % 3 == 0} for i in range(12)]
     prepared = pairs(rows, "labels", validation=4)
-    wanted = np.concatenate([prepared.train.labels, prepared.validation.labels])
+    desirable = np.concatenate([prepared.train.labels, prepared.validation.labels])
     index = np.concatenate([prepared.train.index, prepared.validation.index])
-    assert wanted.tolist() == [i % 3 == 0 for i in index]
+    assert desirable.tolist() == [i % 3 == 0 for i in index]
     assert prepared.unit == 1
     assert pairs([_pair(0)]).train.labels is None
 

@@ -282,7 +282,7 @@ def test_kto(folders: tuple[Path, Path], swapped: bool) -> None:
     """With one order of the two models z is positive, with the other one it is cut off at 0."""
     folders = folders[::-1] if swapped else folders
     rows = _rows(1)
-    wanted = np.array([True, False, True, True, False, True])
+    desirable = np.array([True, False, True, True, False, True])
     config = PreferenceConfig(loss="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.8)
     policy, reference = map(in_torch, folders)
     for model in (policy, reference):
@@ -291,7 +291,7 @@ def test_kto(folders: tuple[Path, Path], swapped: bool) -> None:
     examples = [
         {"prompt_ids": p, "completion_ids": a, "KL_completion_ids": other, "label": bool(label)}
         for (p, a), other, label in zip(
-            rows.rows, [answers[-1], *answers[:-1]], wanted, strict=True
+            rows.rows, [answers[-1], *answers[:-1]], desirable, strict=True
         )
     ]
     trainer = _trainer(
@@ -314,7 +314,7 @@ def test_kto(folders: tuple[Path, Path], swapped: bool) -> None:
         _reference(rows, ours_reference),
         RowScorer(mismatched, ours_policy, 7, VOCAB, 1),
         _reference(mismatched, ours_reference),
-        wanted,
+        desirable,
         64,
         rows,
         ours_policy,

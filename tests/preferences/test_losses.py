@@ -9,14 +9,14 @@ import pytest
 
 from mlx_slim.config.preference import PreferenceConfig
 from mlx_slim.preferences.losses import (
-    Answers,
+    AnswerPairs,
     kto_losses,
     log_one_minus_exp,
     pair_losses,
     pair_rewards,
 )
 
-ANSWERS = Answers(
+ANSWERS = AnswerPairs(
     log_probs=mx.array([[-4.0, -9.0], [-5.0, -5.0]]),
     tokens=mx.array([[2.0, 3.0], [5.0, 1.0]]),
     reference=mx.array([[-5.0, -7.0], [-5.0, -5.0]]),
@@ -49,7 +49,7 @@ def test_ipo_compares_means_of_ratios() -> None:
 
 
 def test_simpo_and_orpo_compare_means_without_a_reference() -> None:
-    answers = Answers(ANSWERS.log_probs, ANSWERS.tokens)
+    answers = AnswerPairs(ANSWERS.log_probs, ANSWERS.tokens)
     simpo = PreferenceConfig(loss="simpo", beta=2, simpo_gamma=0.5)
     assert pair_losses(simpo, answers)[0].item() == pytest.approx(-math.log(_sigmoid(2 - 0.5)))
     orpo = PreferenceConfig(loss="orpo", beta=0.2)
@@ -63,7 +63,7 @@ def test_an_answer_that_is_certain_has_a_finite_loss_and_gradient() -> None:
     tokens = mx.ones((1, 2))
 
     def loss(log_probs: mx.array) -> mx.array:
-        return pair_losses(config, Answers(log_probs, tokens)).sum()
+        return pair_losses(config, AnswerPairs(log_probs, tokens)).sum()
 
     value, gradient = mx.value_and_grad(loss)(mx.array([[0.0, -80.0]]))
     assert math.isfinite(value.item())
@@ -76,7 +76,7 @@ def test_an_answer_that_is_certain_has_a_finite_loss_and_gradient() -> None:
 
 def test_kto_is_half_where_an_answer_is_as_likely_as_the_divergence_says() -> None:
     config = PreferenceConfig(loss="kto", beta=0.5, desirable_weight=2, undesirable_weight=3)
-    ratios, wanted = mx.array([1.0, 1.0, 5.0, 5.0]), mx.array([True, False, True, False])
-    losses = kto_losses(config, ratios, wanted, mx.array(1.0)).tolist()
+    ratios, desirable = mx.array([1.0, 1.0, 5.0, 5.0]), mx.array([True, False, True, False])
+    losses = kto_losses(config, ratios, desirable, mx.array(1.0)).tolist()
     high = _sigmoid(2.0)
     assert losses == pytest.approx([1.0, 1.5, 2 * (1 - high), 3 * high])

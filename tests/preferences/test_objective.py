@@ -51,10 +51,10 @@ def _objective(loss: str, model: Any, num_threads: int = 1) -> tuple[Any, Any, i
         rows, config = _rows(1), PreferenceConfig(loss="kto", desirable_weight=1.5)
         mismatched = MismatchedRows(rows, 64)
         reference = np.linspace(-40, -60, 8).astype(np.float32)
-        wanted = np.array([True, False, True, True, False, True, False, True])
+        desirable = np.array([True, False, True, True, False, True, False, True])
         scorer = RowScorer(mismatched, model, 5, VOCAB, num_threads)
-        kept = (lambda n: reference[n]), scorer, (lambda n: reference[n] - 9), wanted, 64
-        return KtoObjective(config, *kept, rows, model, 5, VOCAB, num_threads), rows, 1
+        inputs = (lambda n: reference[n]), scorer, (lambda n: reference[n] - 9), desirable, 64
+        return KtoObjective(config, *inputs, rows, model, 5, VOCAB, num_threads), rows, 1
     name, _, everything = loss.partition("-")
     config = PreferenceConfig(
         loss=name,  # type: ignore[arg-type]
@@ -172,3 +172,13 @@ def test_kto_measures_its_divergence_without_dropout(model: Any) -> None:
     reference = np.linspace(-40, -60, 8).astype(np.float32) - 9
     expected = max(0.0, float((scorer(model, range(8)) - reference).mean()))
     assert objective._step[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rows_are_scored_alike_with_shared_beginnings(model: Any, num_threads: int) -> None:
+    rows, numbers = _rows(2), [5, 0, 11, 1, 4, 10, 2]
+    plain = RowScorer(rows, model, 5, VOCAB, 1)(model, numbers)
+    alone = [RowScorer(rows, model, 5, VOCAB, 1)(model, [number])[0] for number in numbers]
+    shared = RowScorer(rows, model, 5, VOCAB, num_threads, prefix_sharing=True)(model, numbers)
+    assert plain == pytest.approx(np.array(alone), rel=1e-5)
+    assert shared == pytest.approx(plain, rel=1e-5)

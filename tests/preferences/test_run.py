@@ -236,13 +236,13 @@ def test_validate_tells_how_many_pairs_a_model_has_the_right_way_round(
     resolved = preference_recipe(tiny("llama"), data)
     accuracy = validate_pairs(resolved.recipe)
     assert accuracy.pairs == 4
-    share = f"{accuracy.accuracy:.1%} of 4 validation pairs"
-    assert share in (complete.parent / "notices.txt").read_text()
+    counted = f"{accuracy.accuracy:.1%} of 4 validation pairs"
+    assert counted in (complete.parent / "notices.txt").read_text()
     recipe = tmp_path / "small.yaml"
     recipe.write_text(json.dumps(resolved.recipe.model_dump(mode="json", exclude_unset=True)))
     capsys.readouterr()
     assert command(["train", str(recipe), "--validate"]) == 0
-    assert share in capsys.readouterr().out
+    assert counted in capsys.readouterr().out
     assert command(["train", str(recipe), "--validate", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy.accuracy
     with pytest.raises(SlimError, match="no validation rows"):
@@ -256,10 +256,10 @@ def test_the_adapter_alone_makes_the_difference(
     out = tmp_path / "run"
     small = preference_recipe(tiny("llama"), data, steps=12, learning_rate=3e-3)
     train(small, out, observer=Recorder())
-    parts = _events(out, "validation")[-1]["parts"]
-    assert parts["rewards/accuracies"] == 1
-    assert parts["policy/accuracies"] == 1
-    assert np.isfinite(parts["rewards/margins"])
+    metrics = _events(out, "validation")[-1]["parts"]
+    assert metrics["rewards/accuracies"] == 1
+    assert metrics["policy/accuracies"] == 1
+    assert np.isfinite(metrics["rewards/margins"])
 
 
 def test_plain_fine_tuning_refuses_the_section(
