@@ -211,4 +211,6 @@ def test_a_round_says_what_was_written_and_how_old_a_steps_text_is() -> None:
     )
     assert "1:01, scored in 0:12" in text
     assert "text 0 steps old eta" in text
-    assert "round 2: 64 answers" in show("live", terminal=True, width=200, story=[begun])
+    assert "round 2: 64 answers" in show(
+        "live", terminal=True, width=200, story=[STORY[1], begun, aged, STORY[-1]]
+    )
