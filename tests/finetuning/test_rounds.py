@@ -146,6 +146,8 @@ def test_a_run_that_is_killed_and_resumed_repeats_the_undisturbed_one(
     observer = Recorder()
     finetune(resolved, straight, observer=observer, strategy=_strategy(alone=alone, fraction=0.7))
     assert [e.step for e in observer.events if isinstance(e, RoundBegun)] == [0, 3, 6]
+    page = (straight / "report.html").read_text()
+    assert "Answers of the model:" in page and "in 3 rounds" in page and "Time of rounds:" in page
 
     def run(kill: KillAt | None = None, *, resume: bool = True) -> None:
         listener: Recorder = kill or Recorder()
