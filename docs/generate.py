@@ -58,6 +58,7 @@ PAPERS = {
     "2402.01306": "KTO: single answers with labels",
     "2402.04616": "TinyLLM: answers and rationales of several teachers",
     "2402.09353": "DoRA",
+    "2402.12030": "Universal logit distillation (ULD)",
     "2402.12354": "LoRA+",
     "2402.13753": "LongRoPE",
     "2403.00409": "Robust DPO: pairs that are the wrong way round",

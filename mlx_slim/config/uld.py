@@ -24,7 +24,7 @@ class ULDConfig(Section):
             merge those between; else the i-th token of one with the i-th of the other.
         merge: Of a group of tokens: ``observed`` is the distribution after its first token, times
             the probability of its other tokens; ``bayesian`` is the distribution of its last token,
-            times the probability of those before it (the chain rule).
+            times the probability of those before it.
         hybrid: Compare tokens that both vocabularies have by ``divergence`` (``forward``,
             ``reverse`` or ``jsd``), and only the others by their sorted probabilities.
         matched_weight: Of the first part; None takes the share of the teacher's tokens that the

@@ -60,22 +60,22 @@ class _Unusable(Exception):
     """A reply that gives no targets, and why."""
 
 
-class _Position(NamedTuple):
+class _TokenScores(NamedTuple):
     """What a reply says about one token.
 
     Attributes:
-        own: The token's key, None where the reply does not repeat it.
-        found: Key (an id, or a text) -> log-probability of the likeliest tokens in its place.
+        token: The token's key, None where the reply does not repeat it.
+        logs: Key (an id, or a text) -> log-probability of the likeliest tokens in its place.
         texts: Id -> text, where the reply says both.
     """
 
-    own: str | None
-    found: dict[Any, float]
+    token: str | None
+    logs: dict[Any, float]
     texts: dict[int, str]
 
 
 class ScoringEndpoint:
-    """A model that a server runs, asked for log-probabilities of given tokens.
+    """A model that a server runs, which is sent requests for log-probabilities of given tokens.
 
     Args:
         config: The teacher, with ``base_url``.
@@ -148,7 +148,7 @@ class ScoringEndpoint:
             except SlimError as error:
                 refusals.append(f"{protocol}: {error.message}")
             else:
-                self._check_width(int((named_K >= 0).sum()), positions[1].found)
+                self._check_width(int((named_K >= 0).sum()), positions[1].logs)
                 return
         raise SlimError(
             f"teacher {self.name}: {self._client.url} does not score a given text "
@@ -166,12 +166,12 @@ class ScoringEndpoint:
         if needed and self._unreachable is not None:
             raise self._unreachable
 
-    def _check_width(self, named: int, found: dict[Any, float]) -> None:
+    def _check_width(self, named: int, logs_by_key: dict[Any, float]) -> None:
         """Refuse an endpoint that gives fewer log-probabilities than are to be stored.
 
         Where it writes texts, those that stand for several tokens make fewer.
         """
-        texts = any(self._number(key) is None for key in found)
+        texts = any(self._number(key) is None for key in logs_by_key)
         if named >= (self._top_k / 4 if texts else self._top_k):
             return
         raise SlimError(
@@ -181,15 +181,15 @@ class ScoringEndpoint:
             f"(vLLM: --max-logprobs {self._top_k})",
         )
 
-    def _check_texts(self, positions: Sequence[_Position]) -> None:
+    def _check_texts(self, positions: Sequence[_TokenScores]) -> None:
         """Refuse a server whose tokens are others than the student's of the same ids."""
-        for position in positions:
+        for scores in positions:
             texts = {
                 number: (theirs, self._tokenizer.decode([number]))
-                for number, theirs in position.texts.items()
+                for number, theirs in scores.texts.items()
                 if number < len(self._tokenizer)
             }
-            # Half characters are written in several ways, and spaces in front may be cut.
+            # Half characters are extra in several ways, and spaces in front may be cut.
             other = [
                 f"{number} is {theirs!r} there and {ours!r} here"
                 for number, (theirs, ours) in texts.items()
@@ -200,7 +200,7 @@ class ScoringEndpoint:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[OpenTeacher]:
-        """Inside, targets are asked for; the server needs no memory here."""
+        """Inside, requests for targets are sent; the server needs no memory here."""
         try:
             yield lambda target_set: partial(self.targets, shape=target_set.shape)
         finally:
@@ -227,7 +227,7 @@ class ScoringEndpoint:
         replies = self._client.map([self._payload(ids) for ids in rows], bytes)
         for ids, here, reply in zip(rows, places, replies, strict=True):
             try:
-                found_TK, top_TK, rest_T = self._read(reply, ids)
+                named_TK, top_TK, rest_T = self._read(reply, ids)
             except _Unusable as error:
                 raise SlimError(
                     f"teacher {self.name}: {self._client.url} gives no targets: {error}",
@@ -235,7 +235,7 @@ class ScoringEndpoint:
                 ) from error
             at = column_N[here]  # the reply's position 0 is token 1
             ids_NK[here], top_NK[here], rest_N[here] = filled(
-                found_TK[at], top_TK[at], rest_T[at], shape.vocabulary
+                named_TK[at], top_TK[at], rest_T[at], shape.vocabulary
             )
         return ids_NK, top_NK, rest_N
 
@@ -252,7 +252,7 @@ class ScoringEndpoint:
         """Return ids (−1 where fewer are named), log-probabilities and the rest's, (T − 1, K)."""
         return self._columns(self._positions(reply, ids_T))
 
-    def _positions(self, reply: bytes, ids_T: np.ndarray) -> list[_Position]:
+    def _positions(self, reply: bytes, ids_T: np.ndarray) -> list[_TokenScores]:
         """Return what a reply says about each token that was sent."""
         try:
             choice = parse_json(reply, "the reply")["choices"][0]
@@ -264,44 +264,46 @@ class ScoringEndpoint:
             text = self._client.safe(reply[:200].decode("utf-8", "replace"))
             raise _Unusable(f"no log-probabilities in the reply: {text or 'nothing'}") from None
         # An echo may go on with a token that the server wrote.
-        written = int(self._protocol == "echo" and len(positions) == len(ids_T) + 1)
-        if len(positions) != len(ids_T) + written:
+        extra = int(self._protocol == "echo" and len(positions) == len(ids_T) + 1)
+        if len(positions) != len(ids_T) + extra:
             raise _Unusable(f"{len(positions)} positions for {len(ids_T)} tokens")
         for number, token in enumerate(ids_T.tolist()):
-            self._check_own(positions[number], token, number)
+            self._check_token(positions[number], token, number)
         return positions[: len(ids_T)]
 
-    def _columns(self, positions: Sequence[_Position]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _columns(
+        self, positions: Sequence[_TokenScores]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         count = len(positions) - 1
         ids_TK = np.full((count, self._top_k), -1, np.int64)
         top_TK = np.full((count, self._top_k), -np.inf)
         rest_T = np.zeros(count)
-        for number, position in enumerate(positions[1:]):
-            named, logs, rest_T[number] = self._position(position.found, number + 1)
+        for number, scores in enumerate(positions[1:]):
+            named, logs, rest_T[number] = self._named(scores.logs, number + 1)
             ids_TK[number, : len(named)] = named
             top_TK[number, : len(logs)] = logs
         return ids_TK, top_TK, rest_T
 
-    def _check_own(self, position: _Position, token: int, number: int) -> None:
+    def _check_token(self, scores: _TokenScores, token: int, number: int) -> None:
         """Refuse a reply about other tokens than those that were sent."""
         text = self._tokenizer.decode([token])
-        if position.own is None:  # vLLM names the token among the others
-            if number and token not in position.found:
+        if scores.token is None:  # vLLM names the token among the others
+            if number and token not in scores.logs:
                 raise _Unusable(f"no log-probability of token {number}, {token} ({text!r})")
             return
-        given = self._id(position.own)
-        if given != token and (given is not None or position.own != text):
-            raise _Unusable(f"token {number} is {position.own!r}, {token} ({text!r}) was sent")
+        number_of = self._id(scores.token)
+        if number_of != token and (number_of is not None or scores.token != text):
+            raise _Unusable(f"token {number} is {scores.token!r}, {token} ({text!r}) was sent")
 
-    def _position(
-        self, found: dict[Any, float], number: int
+    def _named(
+        self, logs_by_key: dict[Any, float], number: int
     ) -> tuple[list[int], list[float], float]:
         """Return the ids that are named, their log-probabilities, and the rest's."""
-        logs = np.array(list(found.values()), np.float64)
+        logs = np.array(list(logs_by_key.values()), np.float64)
         if np.isnan(logs).any() or (logs > _ABOVE_ONE).any():
             raise _Unusable(f"a log-probability of {logs.max():g} at token {number}")
         order = np.argsort(-logs, kind="stable")
-        keys = list(found)
+        keys = list(logs_by_key)
         chosen = [(self._id(keys[i]), float(logs[i])) for i in order[: self._top_k]]
         named = {one: log for one, log in chosen if one is not None and 0 <= one < self._vocabulary}
         total = math.fsum(math.exp(log) for log in named.values())
@@ -375,19 +377,19 @@ def filled(
     return ids_NK, top_NK, np.maximum(rest_N, FLOOR).astype(np.float32)
 
 
-def _prompt_logprobs(entries: list[dict[str, JsonObject] | None]) -> list[_Position]:
+def _prompt_logprobs(entries: list[dict[str, JsonObject] | None]) -> list[_TokenScores]:
     """Read vLLM's ``prompt_logprobs``: one map a token, none for the first."""
     positions = []
     for entry in entries:
         tokens = {int(key): value for key, value in (entry or {}).items()}
-        found = {number: float(value["logprob"]) for number, value in tokens.items()}
+        logs_by_key = {number: float(value["logprob"]) for number, value in tokens.items()}
         texts = {n: str(v["decoded_token"]) for n, v in tokens.items() if v.get("decoded_token")}
-        positions.append(_Position(None, found, texts))
+        positions.append(_TokenScores(None, logs_by_key, texts))
     return positions
 
 
-def _echoed(logprobs: JsonObject) -> list[_Position]:
+def _echoed(logprobs: JsonObject) -> list[_TokenScores]:
     """Read ``logprobs`` of an echoed prompt: one text and one map a token."""
     tops = [{str(k): float(v) for k, v in (top or {}).items()} for top in logprobs["top_logprobs"]]
     tokens = [str(token) for token in logprobs["tokens"]]
-    return [_Position(token, top, {}) for token, top in zip(tokens, tops, strict=True)]
+    return [_TokenScores(token, top, {}) for token, top in zip(tokens, tops, strict=True)]

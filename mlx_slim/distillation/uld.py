@@ -97,8 +97,8 @@ class VocabularyMap:
 
     def overlap(self, config: DistillConfig, vocabulary: int) -> Overlap:
         """Return the hybrid distance for a student with ``vocabulary`` logits."""
-        uld, share = config.uld, float(self.matched.mean())
-        weights = (share, 1 - share)
+        uld, fraction = config.uld, float(self.matched.mean())
+        weights = (fraction, 1 - fraction)
         if uld.matched_weight is not None and uld.unmatched_weight is not None:
             weights = (uld.matched_weight, uld.unmatched_weight)
         matched_V = np.zeros(vocabulary, np.float32)
@@ -122,7 +122,7 @@ class StoredTargets:
         self._columns = targets.columns()
 
     def batch(self, batch: Batch) -> BatchTargets:
-        """Return those of a batch; what is padded or not aligned has a share of 0."""
+        """Return those of a batch; what is padded or not aligned has a weight of 0."""
         sources_N = batch.sources_N
         pairs_N2 = self._alignment.student_S2[sources_N]
         pairs_N2[sources_N < 0] = -1
@@ -134,8 +134,8 @@ class StoredTargets:
             ids_NK = mx.zeros((len(number_N), 1), dtype=mx.int32)  # the sorted distance has no ids
         else:
             ids_NK = mx.array(self._vocabulary.students)[ids_NK]
-        share_N = np.where(base_N, self._alignment.share_G[number_N], 0).astype(np.float32)
-        merged = MergedTargets(ids_NK, top_NK, rest_N, mx.array(share_N), mx.zeros(len(number_N)))
+        weight_N = np.where(base_N, self._alignment.weight_G[number_N], 0).astype(np.float32)
+        merged = MergedTargets(ids_NK, top_NK, rest_N, mx.array(weight_N), mx.zeros(len(number_N)))
         # A batch of a fixed shape, and one for measuring, scale as many positions as any of its
         # size can: so many that the shape decides.
         fixed = batch.weights_N is not None or bool((sources_N < 0).all())
@@ -261,9 +261,11 @@ class ULDDistillation:
         self, model: nn.Module, chunk: int | None, vocabulary: int, num_threads: int
     ) -> tuple[Objective, Objective | None]:
         """Return the mixed loss for training, and cross-entropy with distance for validation."""
-        parts: list[list[StoredTargets]] = [[], []]
+        stored_sets: list[list[StoredTargets]] = [[], []]
         for teacher, stored in zip(self._read, self._targets.teachers, strict=True):
-            for part, alignment, one in zip(parts, teacher.alignments, stored.sets, strict=False):
+            for part, alignment, one in zip(
+                stored_sets, teacher.alignments, stored.sets, strict=False
+            ):
                 part.append(StoredTargets(alignment, one, teacher.vocabulary))
         maps = [teacher.vocabulary for teacher in self._read]
         token_loss = ULDLoss(
@@ -273,7 +275,7 @@ class ULDDistillation:
             [None if one is None else one.overlap(self.config, vocabulary) for one in maps],
         )
         settings = (model, chunk, vocabulary, num_threads)
-        train, validation = parts
+        train, validation = stored_sets
         return (
             ULDObjective(token_loss, train, *settings),
             ULDValidation(token_loss, validation, *settings) if validation else None,

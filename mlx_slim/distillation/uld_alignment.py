@@ -11,8 +11,8 @@ What cannot be compared raises ``Unaligned`` with the reason that is counted. An
 
 A group of several tokens is one token to the other model. With ``observed`` (TRL's default) its
 distribution is that *after* its first token, times the probability of its other tokens; with
-``bayesian`` it is that *of* its last token, times the probability of those before it, which is the
-chain rule. Try it: ``python -m pytest tests/distillation/test_uld_alignment.py``.
+``bayesian`` it is that *of* its last token, times the probability of those before it (the product
+of conditional probabilities). Try it: ``python -m pytest tests/distillation/test_uld_alignment.py``.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def byte_ends(text: str, pieces: Sequence[str], offsets_T2: np.ndarray) -> np.nd
         offsets_T2: Start and end character of each, as the tokenizer reports them.
     """
     data = text.encode("utf-8", "replace")
-    written = [spelled(piece) for piece in pieces]
-    if b"".join(written) == data:
-        return np.cumsum([len(piece) for piece in written], dtype=np.int64)
+    spellings = [spelled(piece) for piece in pieces]
+    if b"".join(spellings) == data:
+        return np.cumsum([len(piece) for piece in spellings], dtype=np.int64)
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_C = np.concatenate([[0], np.cumsum(sizes)])
@@ -153,10 +153,10 @@ class AnswerReader:
             last = len(row.text.encode("utf-8", "replace"))
             ends_T = np.concatenate([[0] * head, ends_T, [last] * tail]).astype(np.int64)
             try:
-                found: list[Answer] | str = self._answers(row, number_T, ends_T, texts)
+                answers_read: list[Answer] | str = self._answers(row, number_T, ends_T, texts)
             except Unaligned as error:
-                found = str(error)
-            results.append((tokens.ids_T, found))
+                answers_read = str(error)
+            results.append((tokens.ids_T, answers_read))
         return results
 
     def _ends(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -184,7 +184,7 @@ class AnswerReader:
     ) -> list[Answer]:
         if len(row.spans) != len(texts):
             raise Unaligned(f"the {self._side}'s template shows other answers than the row has")
-        found = []
+        answers_read = []
         for number, ((start, stop), text) in enumerate(zip(row.spans, texts, strict=True), 1):
             at = row.text.find(text, start, stop) if text else -1
             if at < 0:
@@ -192,8 +192,8 @@ class AnswerReader:
                 raise Unaligned(f"the {self._side}'s template {what}")
             first = len(row.text[:at].encode("utf-8", "replace"))
             size = len(text.encode("utf-8", "replace"))
-            found.append(_answer(np.flatnonzero(number_T == number), ends_T - first, size))
-        return found
+            answers_read.append(_answer(np.flatnonzero(number_T == number), ends_T - first, size))
+        return answers_read
 
 
 def _answer(tokens: np.ndarray, ends_T: np.ndarray, size: int) -> Answer:
@@ -225,7 +225,7 @@ def groups(one: Answer, other: Answer, *, extended: bool) -> list[tuple[Group, G
     return [(Group(a), Group(b)) for a, b in zip(*sides, strict=True)]
 
 
-def parts(group: Group, number: int, ids_T: np.ndarray, merge: Merge) -> list[Part]:
+def positions_of(group: Group, number: int, ids_T: np.ndarray, merge: Merge) -> list[Part]:
     """Return the positions that a group needs, its base first.
 
     Args:

@@ -38,14 +38,14 @@ class MergedTargets(NamedTuple):
         ids_CK: The student's id of each stored token, or ``UNMATCHED``, ``UNMATCHED_REST``.
         top_CK: Logarithms of the teacher's probabilities, descending, times its scale.
         rest_C: That of all its tokens that are not stored.
-        share_C: Weight of the position's distance, 0 where nothing is aligned.
+        weight_C: Weight of the position's distance, 0 where nothing is aligned.
         log_scale_C: log c of the student.
     """
 
     ids_CK: mx.array
     top_CK: mx.array
     rest_C: mx.array
-    share_C: mx.array
+    weight_C: mx.array
     log_scale_C: mx.array
 
 
@@ -85,7 +85,7 @@ class Overlap:
 
     Attributes:
         matched_V: 1.0 at the student's tokens that the teacher has too, else 0.0.
-        weights: Of the two parts.
+        weights: Of the two terms.
         beta: β of the divergence: 0 is KL(teacher‖student), 1 is KL(student‖teacher).
     """
 
@@ -94,7 +94,7 @@ class Overlap:
     beta: float
 
     def distance(self, probs_CV: mx.array, targets: MergedTargets) -> mx.array:
-        """Return the weighted sum of both parts (C,), float32; differentiable."""
+        """Return the weighted sum of both terms (C,), float32; differentiable."""
         ids_CK, teacher_CK = targets.ids_CK, mx.exp(targets.top_CK)
         here_CK = ids_CK >= 0
         safe_CK = mx.maximum(ids_CK, 0)
@@ -178,12 +178,12 @@ class ULDLoss:
         return overlap.distance(scaled_CV, targets)
 
     def by_log_scale(self, logits_CV: mx.array, teacher: int, targets: MergedTargets) -> mx.array:
-        """Return ∂(share · distance)/∂(log c) of the student at each position (C,), float32."""
+        """Return ∂(weight · distance)/∂(log c) of the student at each position (C,), float32."""
         probs_CV = self._probs(logits_CV)
 
         def total(log_scale_C: mx.array) -> mx.array:
             scaled = targets._replace(log_scale_C=log_scale_C)
-            return (targets.share_C * self.distance(probs_CV, teacher, scaled)).sum()
+            return (targets.weight_C * self.distance(probs_CV, teacher, scaled)).sum()
 
         return mx.grad(total)(targets.log_scale_C)
 
@@ -192,7 +192,7 @@ class ULDLoss:
     ) -> mx.array:
         total = mx.zeros((), dtype=mx.float32)
         for m, (loss_weight, targets) in enumerate(zip(self.loss_weights, teachers, strict=True)):
-            apart_C = targets.share_C * self.distance(probs_CV, m, targets)
+            apart_C = targets.weight_C * self.distance(probs_CV, m, targets)
             total = total + loss_weight * weighted_sum(apart_C, *weights)
         return total
 

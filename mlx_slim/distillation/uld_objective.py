@@ -2,12 +2,12 @@
 
 Invariant: the loss of a batch and its gradient are those of ``uld_loss.ULDLoss`` over full logits,
 and no more logits exist than a chunk's. A group of several tokens of the student has the scale
-c = Π q_j(token j), and d loss/d logits runs through c as well. It is computed in parts that each
+c = Π q_j(token j), and d loss/d logits runs through c as well. It is computed in steps that each
 need one chunk of logits at a time, here for a group with base position b and one other token j::
 
     1  log c = log q_j(token j)                          of the positions j, no gradient
-    2  w = ∂(share · distance_b)/∂(log c)                of the positions b, no gradient
-    3  share · distance_b(q_b, c)                        of all positions, c a constant
+    2  w = ∂(weight · distance_b)/∂(log c)                of the positions b, no gradient
+    3  weight · distance_b(q_b, c)                        of all positions, c a constant
     4  w · log q_j(token j), less its value              of the positions j: the gradient through c
 
 Legend: N supervised positions, M of them that scale a group. Try it:
@@ -116,8 +116,10 @@ class ULDObjective(CrossEntropy):
                 log_probs_M, log_scale_N = self._scales(rows, targets)
                 merged = merged._replace(log_scale_C=log_scale_N)
                 if gradient and self.uld.weight > 0:
-                    slope_M = self._slopes(rows, m, merged, targets, log_probs_M, weights)
-                    through_scale = through_scale + self._through_scale(rows, targets, slope_M)
+                    gradient_M = self._scale_gradients(
+                        rows, m, merged, targets, log_probs_M, weights
+                    )
+                    through_scale = through_scale + self._through_scale(rows, targets, gradient_M)
             columns += merged
         sums = self._loss(rows, self.uld, (targets_N, *columns, *weights), gradient)
         return sums + mx.stack([through_scale, mx.array(0.0), mx.array(0.0)])
@@ -165,7 +167,7 @@ class ULDObjective(CrossEntropy):
         log_scale_N = mx.zeros(rows.shape[0]).at[targets.base_M].add(clamped_M)
         return log_probs_M, log_scale_N
 
-    def _slopes(
+    def _scale_gradients(
         self,
         rows: mx.array,
         teacher: int,
@@ -177,18 +179,20 @@ class ULDObjective(CrossEntropy):
         """Return ∂loss/∂(log q of each scaling token) (M,)."""
         bases = [column[targets.base_M] for column in merged]
 
-        def slope(logits: mx.array, *columns: mx.array) -> mx.array:
+        def by_scale(logits: mx.array, *columns: mx.array) -> mx.array:
             return self.uld.by_log_scale(logits, teacher, MergedTargets(*columns))
 
-        slope_M = self._each(rows[targets.base_M], slope, bases)
+        gradient_M = self._each(rows[targets.base_M], by_scale, bases)
         counted_M = mx.where(log_probs_M > _LOG_SMALLEST, targets.valid_M, 0.0)
         for weights_N in weights:
             counted_M = counted_M * weights_N[targets.base_M]
-        return self.uld.weight * self.uld.loss_weights[teacher] * counted_M * slope_M
+        return self.uld.weight * self.uld.loss_weights[teacher] * counted_M * gradient_M
 
-    def _through_scale(self, rows: mx.array, targets: BatchTargets, slope_M: mx.array) -> mx.array:
+    def _through_scale(
+        self, rows: mx.array, targets: BatchTargets, gradient_M: mx.array
+    ) -> mx.array:
         """Return 0, whose gradient by the hidden states is that of the loss through c."""
-        columns = (targets.tokens_M, -slope_M)
+        columns = (targets.tokens_M, -gradient_M)
         token_loss = TemperedNLL(self.uld.temperature)
         value = self._loss(rows[targets.scaling_M], token_loss, columns, True)
         return value - mx.stop_gradient(value)

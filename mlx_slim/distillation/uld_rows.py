@@ -2,7 +2,7 @@
 
 Invariant: the i-th stored row of the student has the i-th row here: the same conversation through
 the teacher's chat template and tokenizer, or an empty one where the answers cannot be aligned, and
-every such row is counted with its reason in ``alignment.json``. The folder is written whole or not
+every such row is counted with its reason in ``alignment.json``. The folder is folders whole or not
 at all, and is reused while its key (rows, both tokenizers, the teacher's template, the way of
 aligning) stays. Try it:
 ``mlx-slim distill distill-smollm2 distill.method=uld "distill.teachers=[{model: OTHER}]" -o run``.
@@ -45,7 +45,7 @@ from mlx_slim.distillation.uld_alignment import (
     Unaligned,
     contents,
     groups,
-    parts,
+    positions_of,
 )
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
@@ -81,9 +81,9 @@ class _Side:
 
     pairs: array = field(default_factory=lambda: array("i"))
 
-    def add(self, supervised_T: np.ndarray, found: Sequence[Part]) -> None:
+    def add(self, supervised_T: np.ndarray, needed: Sequence[Part]) -> None:
         pairs_T2 = np.full((len(supervised_T), 2), NO_GROUP, np.int32)
-        for part in found:
+        for part in needed:
             pairs_T2[part.target] = part.group, part.token
         self.pairs.frombytes(np.ascontiguousarray(pairs_T2[supervised_T]).tobytes())
 
@@ -170,8 +170,8 @@ class RowAligner:
         ours = self._student_reader.read([row.rendered for row in chunk], texts)
         theirs = self._teacher_reader.read(rendered, texts)
         return [
-            (teacher_ids, (own, other, student_ids))
-            for (student_ids, own), (teacher_ids, other) in zip(ours, theirs, strict=True)
+            (teacher_ids, (mine, other, student_ids))
+            for (student_ids, mine), (teacher_ids, other) in zip(ours, theirs, strict=True)
         ]
 
     def _rendered(self, row: PreparedRow) -> Rendered:
@@ -192,8 +192,8 @@ class RowAligner:
         supervised_T: np.ndarray,
     ) -> tuple[list[Part], list[Part], int]:
         """Return the positions that both sides need, and the number of groups."""
-        own, other, whole_T = read
-        for side in (own, other):
+        mine, other, whole_T = read
+        for side in (mine, other):
             if isinstance(side, str):
                 raise Unaligned(side)
         if row.pieces > 1:
@@ -204,15 +204,15 @@ class RowAligner:
         ours: list[Part] = []
         theirs: list[Part] = []
         count = 0
-        for one, two in zip(own, other, strict=True):
+        for one, two in zip(mine, other, strict=True):
             assert isinstance(one, Answer) and isinstance(two, Answer)
-            for mine, yours in groups(one, two, extended=self._teacher.extended):
-                here = parts(mine, count, whole_T, self._teacher.merge)
+            for ours_group, theirs_group in groups(one, two, extended=self._teacher.extended):
+                here = positions_of(ours_group, count, whole_T, self._teacher.merge)
                 places = [int(place_T[part.target]) for part in here]
                 if any(at < 0 or not supervised_T[at] for at in places):
                     continue  # cut off, or an answer that is not learned
                 ours += [part._replace(target=at) for part, at in zip(here, places, strict=True)]
-                theirs += parts(yours, count, ids_T, self._teacher.merge)
+                theirs += positions_of(theirs_group, count, ids_T, self._teacher.merge)
                 count += 1
         if not count:
             raise Unaligned("no border of two tokens in common")
@@ -261,7 +261,7 @@ class Alignment:
         student_S2: Number of the group of each of the student's targets among all groups of
             ``rows``, or −1; and the token that scales it, or −1. int64.
         teacher_U2: The same of the teacher's targets.
-        share_G: Weight of each group: the loss is a mean over the groups of a row and then over
+        weight_G: Weight of each group: the loss is a mean over the groups of a row and then over
             rows, and the loop divides it by targets. float32.
         scaled: Most of a row's targets that scale a group, as a fraction of its targets.
     """
@@ -285,8 +285,8 @@ class Alignment:
             before_R[aligned_R],
         )
         mean = float(rows.supervised.sum()) / max(1, int(aligned_R.sum()))
-        share_R = mean / np.maximum(counts_R, 1)
-        self.share_G = np.repeat(share_R, counts_R).astype(np.float32)
+        weight_R = mean / np.maximum(counts_R, 1)
+        self.weight_G = np.repeat(weight_R, counts_R).astype(np.float32)
         scaling_S = (self.student_S2[:, 0] >= 0) & (self.student_S2[:, 1] >= 0)
         row_S = np.repeat(np.arange(len(rows)), rows.supervised)
         scaling_R = np.bincount(row_S[scaling_S], minlength=len(rows))
@@ -295,7 +295,7 @@ class Alignment:
     @cached_property
     def groups(self) -> int:
         """How many groups there are."""
-        return len(self.share_G)
+        return len(self.weight_G)
 
     def fingerprint(self) -> str:
         """Return a hash of how the teacher's tokens are merged."""
@@ -340,9 +340,9 @@ def aligned_rows(
     pipeline = Pipeline(recipe.data, student, max_length=recipe.train.max_length)
     aligner = RowAligner(pipeline, student, teacher)
     alignments, unaligned, rows = [], {}, 0
-    written: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for store in filter(None, (data.train, data.validation)):
-        if store.folder not in written:
+        if store.folder not in folders:
             key = {**aligner.fingerprint, "student": data.fingerprint, "rows": store.folder.name}
             target = folder / hash_json(key)[:16]
             if not (target / _RECORD).is_file():
@@ -351,21 +351,21 @@ def aligned_rows(
                     with stage("aligning tokens", len(every), "rows"):
                         source = _prepared_rows(recipe, pipeline, out, store.folder.name)
                         aligner.write(temporary, every, source, key)
-            written[store.folder] = target
+            folders[store.folder] = target
             record = read_json(target / _RECORD)
             rows += record["rows"]
             for why, entry in record["unaligned"].items():
                 total = unaligned.setdefault(why, {"count": 0, "first": []})
                 total["count"] += entry["count"]
                 total["first"] = [*total["first"], *entry["first"]][:_FIRST]
-        if not np.load(written[store.folder] / "groups.npy")[store.index].any():
+        if not np.load(folders[store.folder] / "groups.npy")[store.index].any():
             kind = "training" if store is data.train else "validation"
             reasons = "; ".join(f"{entry['count']:,} {why}" for why, entry in unaligned.items())
             raise SlimError(
                 f"no {kind} row can be aligned with the teacher's tokens: {reasons}",
                 "train on the teacher's texts: distill.method=sequence",
             )
-        alignments.append(Alignment(written[store.folder], store))
+        alignments.append(Alignment(folders[store.folder], store))
     return alignments, {"rows": rows, "unaligned": unaligned}
 
 

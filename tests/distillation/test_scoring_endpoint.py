@@ -73,11 +73,11 @@ def test_targets_are_those_of_a_local_teacher(teacher: Path, protocol: str, top_
         far.check()
         ours = far.targets(batch, shape)
     assert [part.dtype for part in ours] == [part.dtype for part in local]
-    found, expected = _dense(ours), _dense(local)
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-    np.testing.assert_allclose(found[:, 1:], expected[:, 1:], atol=2e-5)
+    ours_dense, expected = _dense(ours), _dense(local)
+    np.testing.assert_array_equal(np.isnan(ours_dense), np.isnan(expected))
+    np.testing.assert_allclose(ours_dense[:, 1:], expected[:, 1:], atol=2e-5)
     if top_k == K:
-        np.testing.assert_allclose(np.exp(found[:, 0]), np.exp(expected[:, 0]), atol=1e-6)
+        np.testing.assert_allclose(np.exp(ours_dense[:, 0]), np.exp(expected[:, 0]), atol=1e-6)
     assert {request["path"] for request in served.requests} == {"/v1/completions"}
     sent = sorted(len(request["prompt"]) for request in served.requests)
     assert sent[0] == 2  # the trial
@@ -95,18 +95,18 @@ def test_a_text_of_several_tokens_is_counted_with_the_rest(teacher: Path) -> Non
     np.testing.assert_allclose(total, 1, atol=1e-5)
     assert all(len(set(row)) == K for row in ids.tolist())
     expected = _dense(local)
-    known = np.take_along_axis(expected, 1 + ids.astype(np.int64), axis=1)
-    near = np.abs(known - top) < 2e-5
+    at_ids = np.take_along_axis(expected, 1 + ids.astype(np.int64), axis=1)
+    near = np.abs(at_ids - top) < 2e-5
     assert near.any(axis=1).all()
-    assert (near | np.isnan(known) | (top < known)).all()
+    assert (near | np.isnan(at_ids) | (top < at_ids)).all()
     assert not near.all()  # half characters are there
 
 
 def test_places_without_an_id_share_the_rest() -> None:
     ids = np.array([[4, 2, -1, -1], [1, 0, 2, 3]])
     top = np.log([[0.5, 0.2, 1, 1], [0.4, 0.3, 0.2, 0.1]])
-    found, logs, rest = filled(ids, top, np.array([np.log(0.3), -100.0]), 8)
-    assert found.tolist() == [[4, 2, 0, 1], [1, 0, 2, 3]]
+    ours_dense, logs, rest = filled(ids, top, np.array([np.log(0.3), -100.0]), 8)
+    assert ours_dense.tolist() == [[4, 2, 0, 1], [1, 0, 2, 3]]
     np.testing.assert_allclose(np.exp(logs[0]), [0.5, 0.2, 0.05, 0.05], rtol=1e-6)
     np.testing.assert_allclose(np.exp(rest[0]), 0.2, rtol=1e-6)
     assert rest[1] == -100
@@ -116,7 +116,7 @@ def test_places_without_an_id_share_the_rest() -> None:
 
 
 def chat_only(number: int, body: dict[str, Any]) -> Any:
-    return (404, b"not found", {}) if "prompt" in body else answers(number, body)
+    return (404, b"not ours_dense", {}) if "prompt" in body else answers(number, body)
 
 
 def without_scores(number: int, body: dict[str, Any]) -> Any:

@@ -122,7 +122,7 @@ def test_batches_of_every_kind_give_one_gradient(
         return total, gradients
 
     expected = sums_of([collate(data.train, [[row]], isolate=False) for row in rows])
-    assert expected[0][2].item() > 0
+    assert to_float(expected[0][2]) > 0
     side_by_side = collate(data.train, [[row] for row in rows], isolate=False)
     packer = Batcher(data.train, 256, 128, "packed", 0)
     shaped = Batcher(data.train, 256, 128, "grouped", 0, limit=SHAPES // 8)
@@ -151,9 +151,9 @@ def test_a_batch_of_a_fixed_shape_has_arrays_of_fixed_shapes(pair: Pair, tmp_pat
     for batch in [*batches, batcher.largest_batch()]:
         arrays = objective.arrays(batch)
         key = (*batch.tokens_BT.shape, len(batch.targets_N))
-        found = tuple(None if array is None else tuple(array.shape) for array in arrays)
-        shapes.setdefault(key, set()).add(found)
-    assert all(len(found) == 1 for found in shapes.values())
+        seen = tuple(None if array is None else tuple(array.shape) for array in arrays)
+        shapes.setdefault(key, set()).add(seen)
+    assert all(len(seen) == 1 for seen in shapes.values())
 
 
 KILL_SCRIPT = """

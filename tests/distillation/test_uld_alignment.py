@@ -18,7 +18,7 @@ from mlx_slim.distillation.uld_alignment import (
     byte_ends,
     contents,
     groups,
-    parts,
+    positions_of,
     spelled,
 )
 from mlx_slim.models.load import load_tokenizer
@@ -97,8 +97,16 @@ def test_what_begins_or_ends_apart_is_in_no_group() -> None:
 def test_the_two_ways_of_merging_take_the_positions_of_trl() -> None:
     ids_T = np.array([9, 8, 7, 6, 5])
     group = Group(np.array([1, 2, 3]))
-    assert parts(group, 4, ids_T, "observed") == [Part(2, 4, -1), Part(3, 4, 7), Part(4, 4, 6)]
-    assert parts(group, 4, ids_T, "bayesian") == [Part(3, 4, -1), Part(2, 4, 7), Part(1, 4, 8)]
+    assert positions_of(group, 4, ids_T, "observed") == [
+        Part(2, 4, -1),
+        Part(3, 4, 7),
+        Part(4, 4, 6),
+    ]
+    assert positions_of(group, 4, ids_T, "bayesian") == [
+        Part(3, 4, -1),
+        Part(2, 4, 7),
+        Part(1, 4, 8),
+    ]
 
 
 def test_bytes_are_counted_where_a_tokenizer_changes_the_text() -> None:
@@ -117,7 +125,7 @@ def test_an_answer_that_a_template_changes_is_not_aligned(tokenizers: list[Any])
     shouting = TAGS.replace("message['content']", "message['content'] | upper")
     student.chat_template, before = shouting, student.chat_template
     try:
-        _, found = _read(tokenizers[0], _example("alpha"), "student")
+        _, reason = _read(tokenizers[0], _example("alpha"), "student")
     finally:
         student.chat_template = before
-    assert found == "the student's template changes an answer's text"
+    assert reason == "the student's template changes an answer's text"

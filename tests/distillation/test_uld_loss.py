@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_the_value(
 def test_the_slope_by_the_scale_is_that_of_the_value() -> None:
     targets, _ = _teacher(5)
     token_loss, logits, step = ULDLoss(weight=1.0), _logits(), 1e-2
-    slope = token_loss.by_log_scale(logits, 0, targets)
+    by_scale = token_loss.by_log_scale(logits, 0, targets)
     labels = mx.zeros(POSITIONS, dtype=mx.int32)
     for position in range(POSITIONS):
         nudge = step * (mx.arange(POSITIONS) == position)
@@ -102,7 +102,7 @@ def test_the_slope_by_the_scale_is_that_of_the_value() -> None:
             )[2].item()
             for sign in (1, -1)
         )
-        assert slope[position].item() == pytest.approx((up - down) / (2 * step), abs=2e-3)
+        assert by_scale[position].item() == pytest.approx((up - down) / (2 * step), abs=2e-3)
 
 
 def test_nothing_is_lost_between_stored_and_other_tokens_of_a_hybrid() -> None:

@@ -83,5 +83,12 @@ class ScoringServer:
             best = np.argsort(-logs)[:k].tolist()
             # Of tokens with one text, the likeliest comes last and stays.
             tops.append({key(one): float(logs[one]) for one in reversed(best)})
-        own = [None, *(float(log[token]) for token, log in zip(ids[1:], logs_TV, strict=False))]
-        return {"tokens": [key(one) for one in ids], "token_logprobs": own, "top_logprobs": tops}
+        token_logs = [
+            None,
+            *(float(log[token]) for token, log in zip(ids[1:], logs_TV, strict=False)),
+        ]
+        return {
+            "tokens": [key(one) for one in ids],
+            "token_logprobs": token_logs,
+            "top_logprobs": tops,
+        }
