@@ -49,6 +49,8 @@ from mlx_slim.runtime import memory_limits, resolve_dtype
 
 ANSWERS = "answers.jsonl"
 _FIRST = 5  # ids named for each reason
+# Keys of distill that no text depends on; all but the first came after 0.1.
+_NOT_OF_TEXTS = {"cache", "uld", "on_policy_fraction", "beta"}
 _LATER_KEYS = ("learn", "seed", "split", "split_overlap")  # of the data, since 0.1
 
 
@@ -85,7 +87,7 @@ def generate_dataset(
     key = hash_json(
         {
             "method": method,
-            "distill": config.model_dump(mode="json", exclude={"cache", "uld"}),
+            "distill": config.model_dump(mode="json", exclude=_NOT_OF_TEXTS),
             "data": data.model_dump(mode="json", exclude=unset),
             "seed": seed,
         }

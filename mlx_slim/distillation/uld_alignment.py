@@ -11,8 +11,8 @@ What cannot be compared raises ``Unaligned`` with the reason that is counted. An
 
 A group of several tokens is one token to the other model. With ``observed`` (TRL's default) its
 distribution is that *after* its first token, times the probability of its other tokens; with
-``bayesian`` it is that *of* its last token, times the probability of those before it (the product
-of conditional probabilities). Try it: ``python -m pytest tests/distillation/test_uld_alignment.py``.
+``bayesian`` it is that *of* its last token, times the probability of those before it (their
+product is exact). Try it: ``python -m pytest tests/distillation/test_uld_alignment.py``.
 """
 
 from __future__ import annotations
