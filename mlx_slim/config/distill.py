@@ -139,7 +139,7 @@ class DistillConfig(Section):
     teachers: Annotated[list[TeacherConfig], Field(min_length=1)] = Field(
         default_factory=lambda: [TeacherConfig()]
     )
-    method: Literal["auto", "logits", "uld", "sequence", "rationales", "mutual", "on-policy"] = (
+    method: Literal["auto", "logits", "sequence", "rationales", "mutual", "on-policy", "uld"] = (
         "auto"
     )
     on_policy_fraction: Fraction | None = None
