@@ -91,8 +91,8 @@ class Pipeline:
         return *settings, self.context, self.encoder
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:  # in another process
-        self.config, self.max_length, self.limit, self.preference, *state = state
-        self.context, self.encoder = state
+        self.config, self.max_length, self.limit, self.preference = state[:4]
+        self.context, self.encoder = state[4:]
         self.template = load_template(self.config.template, self.encoder.tokenizer)
 
     def rows(

@@ -114,6 +114,11 @@ def row_sums(values_N: mx.array, row_N: mx.array, rows: int) -> tuple[mx.array, 
     return mx.where(member_RN, values_N, 0).sum(axis=-1), counts_R
 
 
+def _array(flags: np.ndarray) -> mx.array:
+    """Return bool flags as an mlx array."""
+    return mx.array(flags.tolist(), dtype=mx.bool_)
+
+
 def _of(reference: Reference | None, placed: Placed) -> np.ndarray:
     """Return the reference's log-probability of each row, float32 (R,); 0 of padding."""
     values_R = np.zeros(len(placed.numbers_R), np.float32)
@@ -168,7 +173,7 @@ class PairObjective(AnswerLogProbs):
         nll_N = row_N % 2 == 0  # of chosen answers; −1 is odd
         if self._answers_S is not None and not placed.measuring:
             row_N = np.where(self._answers_S[batch.sources_N], row_N, -1).astype(np.int32)
-        extras = [mx.array(real_U | placed.measuring)]
+        extras = [_array(real_U | placed.measuring)]
         if self._config.has_reference:
             extras.append(mx.array(_of(self._reference, placed).reshape(-1, 2)))
         if self._config.loss == "orpo":
@@ -177,11 +182,11 @@ class PairObjective(AnswerLogProbs):
 
     def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
         """Return Σ over pairs of the loss and of ``metrics``, float32."""
-        *inputs, row_N, real_U, last = (*arrays, None)[:7]
+        *inputs, row_N, real_U = arrays[:6]
         config = self._config
         log_probs_N = self.log_probs(model, *inputs, gradient=gradient)
         sums_R, counts_R = row_sums(log_probs_N, row_N, 2 * real_U.shape[0])
-        reference = last if config.has_reference else None
+        reference = arrays[6] if config.has_reference else None
         answers = AnswerPairs(sums_R.reshape(-1, 2), counts_R.reshape(-1, 2), reference)
 
         def total(values_U: mx.array) -> mx.array:
@@ -190,7 +195,7 @@ class PairObjective(AnswerLogProbs):
         loss = total(pair_losses(config, answers))
         reported = []
         if config.loss == "orpo":
-            nll = -(log_probs_N * last).sum()
+            nll = -(log_probs_N * arrays[6]).sum()
             loss, reported = loss + nll, [nll]
         rewards_U2, means_U2 = pair_rewards(config, answers), answers.means
         chosen_U, rejected_U = rewards_U2[:, 0], rewards_U2[:, 1]
@@ -271,9 +276,9 @@ class KtoObjective(AnswerLogProbs):
         return (
             *batch_arrays(batch),
             mx.array(placed.row_N),
-            mx.array(real_R | placed.measuring),
+            _array(real_R | placed.measuring),
             mx.array(_of(self._reference, placed)),
-            mx.array(desirable_R),
+            _array(desirable_R),
             mx.array(self._step),
         )
 
