@@ -1,0 +1,122 @@
+"""The objective of a policy that learns from the answers of a round.
+
+Invariant: the loop, the step and the batches are those of fine-tuning; only the token loss, the
+columns that it reads and the divisors of a step differ. Validation rows are measured by
+cross-entropy. Legend: as ``training/step.py``; S drawn tokens of a round, in the order of its rows.
+Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_slim.config.reward import LossType
+from mlx_slim.data.batches import Batch
+from mlx_slim.rewards.advantages import shares, token_weights
+from mlx_slim.rewards.losses import METRICS, PolicyLoss
+from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays
+
+
+@dataclass(frozen=True)
+class RoundColumns:
+    """What is known of every drawn token of a round.
+
+    Attributes:
+        old_S: Its log-probability when it was drawn, float32.
+        advantage_S: Of its answer, float32.
+        weight_S: In the loss, float32, above 0.
+        share_S: In the divisor of a step: its answer's share, divided among its tokens, float64.
+        reference_S: Its log-probability under the reference, float32; None without one.
+    """
+
+    old_S: np.ndarray
+    advantage_S: np.ndarray
+    weight_S: np.ndarray
+    share_S: np.ndarray
+    reference_S: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        loss_type: LossType,
+        max_tokens: int,
+        answers: int,
+        tokens_A: np.ndarray,
+        advantage_A: np.ndarray,
+        old_S: np.ndarray,
+        reference_S: np.ndarray | None = None,
+    ) -> RoundColumns:
+        """Return the columns of a round's answers that are learned from.
+
+        Args:
+            loss_type: How tokens and answers weigh.
+            max_tokens: Longest answer.
+            answers: Of the round, masked ones counted.
+            tokens_A: Tokens of each answer, above 0.
+            advantage_A: Of each.
+            old_S: Log-probability of each token when it was drawn, answer after answer.
+            reference_S: Under the reference.
+        """
+        share_A = shares(loss_type, tokens_A, answers, max_tokens) / tokens_A
+        return cls(
+            old_S.astype(np.float32),
+            np.repeat(advantage_A.astype(np.float32), tokens_A),
+            np.repeat(token_weights(loss_type, tokens_A), tokens_A),
+            np.repeat(share_A, tokens_A),
+            None if reference_S is None else reference_S.astype(np.float32),
+        )
+
+
+class PolicyObjective(CrossEntropy):
+    """Σ w·L of drawn tokens.
+
+    Args:
+        token_loss: The clipped loss.
+        columns: Returns those of the round that batches are of.
+        model, chunk, vocabulary, num_threads: As ``CrossEntropy``.
+    """
+
+    metrics: tuple[str, ...] = METRICS
+
+    def __init__(
+        self,
+        token_loss: PolicyLoss,
+        columns: Callable[[], RoundColumns],
+        model: nn.Module,
+        chunk: int | None = None,
+        vocabulary: int = 8,
+        num_threads: int = 1,
+    ) -> None:
+        super().__init__(model, chunk, vocabulary, num_threads)
+        self.token_loss = token_loss
+        self._columns = columns
+
+    def divisors(self, batch: Batch) -> Sequence[float]:
+        """Return the answers' shares for the loss, and the number of tokens for each metric."""
+        real_N = batch.sources_N[batch.sources_N >= 0]
+        share = float(self._columns().share_S[real_N].sum()) if len(real_N) else 1.0
+        return [share, *[float(batch.supervised_tokens)] * len(self.metrics)]
+
+    def arrays(self, batch: Batch) -> Arrays:
+        """Return ``batch_arrays``, then old log-probabilities, advantages, weights, reference.
+
+        Padded targets, and those of a batch for measuring, have the weight 0 and 1.
+        """
+        columns, sources_N = self._columns(), batch.sources_N
+
+        def of(column_S: np.ndarray, other: float = 0.0) -> mx.array:
+            if not len(column_S):  # a batch for measuring, before the first round
+                return mx.full(sources_N.shape, other)
+            return mx.array(np.where(sources_N < 0, other, column_S[sources_N]).astype(np.float32))
+
+        weight_N = of(columns.weight_S, 1.0)
+        if batch.weights_N is not None:
+            weight_N = weight_N * mx.array((batch.weights_N > 0).astype(np.float32))
+        reference = [] if columns.reference_S is None else [of(columns.reference_S)]
+        known = of(columns.old_S), of(columns.advantage_S)
+        return (*batch_arrays(batch), *known, weight_N, *reference)

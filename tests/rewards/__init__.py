@@ -1,0 +1,1 @@
+"""Rewards: losses, advantages, functions, tasks, rounds."""
