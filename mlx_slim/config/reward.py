@@ -25,8 +25,9 @@ class RewardConfig(Section):
         −min(ρ·A, clip(ρ, 1 − epsilon, 1 + epsilon_high)·A) + beta·KL to the model at the start.
 
     Attributes:
-        task: Evaluation task (a name or a YAML file) whose first metric scores an answer against
-            the answer of its row; None where ``--reward`` names a function.
+        task: Evaluation task (a name or a YAML file) whose metric scores an answer against the
+            answer of its row; None where ``--reward`` names a function.
+        metric: Of that task; None is its first one.
         loss_type: How the tokens' losses become one: ``grpo`` the mean over answers of each
             answer's mean, ``bnpo`` the mean over the tokens of a step, ``dr_grpo`` their sum over
             answers times ``max_tokens`` (arXiv 2503.20783), ``dapo`` their sum over the tokens
@@ -49,6 +50,7 @@ class RewardConfig(Section):
     """
 
     task: str | None = None
+    metric: str | None = None
     loss_type: LossType = "dapo"
     group_size: Annotated[int, Field(ge=2, le=256)] = 8
     round_rows: PositiveInt = 8

@@ -1,0 +1,251 @@
+"""Rewards of answers: the metric of an evaluation task, or a function in a file of the user.
+
+Invariant: a reward is a finite number and depends on one question and its answers alone; what goes
+wrong is one line that names the row. A function's file is read once: what runs is what was hashed.
+It is named on the command line, never in a recipe, so that whoever starts the run decides to run
+it. Try it: ``mlx-slim train smollm2-grpo --reward reward.py:length -o runs/grpo``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+from mlx_slim.config.reward import RewardConfig
+from mlx_slim.data.lines import one_line
+from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
+from mlx_slim.evaluation.tasks.question import Question
+from mlx_slim.evaluation.tasks.spec import Task, find_task
+from mlx_slim.hashing import hash_bytes
+from mlx_slim.reading import JsonObject
+from mlx_slim.rewards.scored_rows import ScoredRow
+
+FUNCTION_TOKENS = 256  # longest answer that a function scores, unless reward.max_tokens says so
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that was drawn.
+
+    Attributes:
+        text: Without special tokens, cut before a stop string.
+        ids: Its token ids.
+        stop_reason: ``eos``, ``until`` or ``length``.
+    """
+
+    text: str
+    ids: Sequence[int]
+    stop_reason: str
+
+
+class Reward(Protocol):
+    """What scores answers.
+
+    Attributes:
+        name: In messages and records.
+        until: Texts that end an answer.
+        max_tokens: Longest answer unless the recipe says.
+        tasks: Whose test questions may not be rows.
+    """
+
+    name: str
+    until: Sequence[str]
+    max_tokens: int
+    tasks: Sequence[Task]
+
+    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+        """Return the reward of each answer to the question of ``row``.
+
+        Raises:
+            SlimError: If there is none; the row is named.
+        """
+        ...
+
+    def record(self) -> JsonObject:
+        """Return what the rewards depend on, for the records of a run."""
+        ...
+
+
+@final
+class TaskReward:
+    """A metric of an evaluation task, against the right answer of the row.
+
+    Raises:
+        SlimError: If the task has no such metric of a written answer.
+    """
+
+    def __init__(self, name: str, metric: str | None = None) -> None:
+        task = find_task(name)
+        if task.kind != "generation":
+            raise SlimError(
+                f"reward.task={name} is of kind {task.kind}, whose metrics need no written answer",
+                "name a task of kind generation, such as gsm8k, or your own YAML file of one",
+            )
+        if metric is not None and metric not in task.metrics:
+            raise SlimError(
+                f"reward.metric={metric} is no metric of {task.name}",
+                did_you_mean(metric, task.metrics),
+            )
+        self.task, self.metric = task, metric or first_metric(task.metrics)
+        self.name = f"{task.name}, {self.metric}"
+        self.until, self.max_tokens = task.spec.until, task.spec.max_tokens
+        self.tasks = [task]
+
+    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+        """Return 1 for each right answer, 0 for the others."""
+        question = Question(0, None, row.prompt, (), (), row.answer)
+        return [
+            float(
+                record_generation(self.task, question, answer.text, answer.stop_reason)[self.metric]
+            )
+            for answer in answers
+        ]
+
+    def record(self) -> JsonObject:
+        """Return nothing: the recipe names the task."""
+        return {}
+
+
+@final
+class FunctionReward:
+    """A function of the user: ``FILE.py:FUNCTION``.
+
+    It is called once a question, as TRL calls its reward functions: ``prompts`` and
+    ``completions`` (texts; for rows with ``messages`` lists of messages), ``completion_ids``, and
+    a list for each field of the row, besides ``answer``, the right answer of the row; one entry an
+    answer. It returns one number an answer.
+
+    Raises:
+        SlimError: If the file does not run, or has no such function.
+    """
+
+    until: Sequence[str] = ()
+    max_tokens = FUNCTION_TOKENS
+    tasks: Sequence[Task] = ()
+
+    def __init__(self, spec: str) -> None:
+        file, colon, function = spec.rpartition(":")
+        if not colon or not file.endswith(".py") or not function.isidentifier():
+            raise SlimError(
+                f"--reward {spec} names no function", "expected FILE.py:FUNCTION, as in score.py:f"
+            )
+        self.spec = spec
+        self.name = f"{Path(file).name}:{function}"
+        try:
+            source = Path(file).expanduser().read_bytes()
+        except OSError as error:
+            raise SlimError(
+                f"--reward {spec}: {file} cannot be read: {error.strerror or error}",
+                "expected FILE.py:FUNCTION, as in score.py:f",
+            ) from error
+        self.sha256 = hash_bytes(source)
+        self._function = _load(Path(file), source, function)
+
+    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+        """Return what the function returns for the answers to one question."""
+        texts = [answer.text for answer in answers]
+        prompts: list[Any] = [row.prompt] * len(answers)
+        completions: list[Any] = texts
+        if row.chat:
+            prompts = [row.messages] * len(answers)
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        fields = {"answer": row.answer, **row.fields}
+        kept = {name: [value] * len(answers) for name, value in fields.items() if name not in _OWN}
+        try:
+            values = list(
+                self._function(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=[list(answer.ids) for answer in answers],
+                    **kept,
+                )
+            )
+        except Exception as error:  # a user's function can raise anything
+            raise self._wrong(
+                row, f"{type(error).__name__}: {one_line(error)}", _SIGNATURE
+            ) from error
+        if len(values) != len(answers):
+            raise self._wrong(
+                row, f"{len(values):,} rewards for {len(answers):,} answers", "expected one each"
+            )
+        return [self._number(row, value) for value in values]
+
+    def _number(self, row: ScoredRow, value: Any) -> float:
+        try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError
+            number = float(value)
+        except Exception:
+            number = math.nan
+        if not math.isfinite(number):
+            shown = one_line(repr(value))[:60]
+            raise self._wrong(row, f"the reward is {shown}", "expected a finite number")
+        return number
+
+    def _wrong(self, row: ScoredRow, what: str, hint: str) -> SlimError:
+        return SlimError(f"{row.place}: {self.name}: {what}", hint)
+
+    def record(self) -> JsonObject:
+        """Return the function, and the hash of its file."""
+        return {"function": self.spec, "sha256": self.sha256}
+
+
+# Arguments of every function: a field of that name is not passed.
+_OWN = ("prompt", "prompts", "completion", "completions", "completion_ids", "messages")
+_SIGNATURE = "it is called as f(prompts, completions, completion_ids, answer, **fields)"
+
+
+def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:
+    """Run a file and return its function."""
+    module = types.ModuleType(f"_reward_{file.stem}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, str(file), "exec"), module.__dict__)  # noqa: S102
+    except Exception as error:
+        raise SlimError(
+            f"--reward {file}: {type(error).__name__}: {one_line(error)}",
+            "the file must run by itself: python FILE.py",
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if isinstance(value, _FUNCTION)]
+        raise SlimError(
+            f"--reward {file}: no function is called {name!r}",
+            did_you_mean(name, known) if known else "the file defines no function",
+        )
+    return function
+
+
+_FUNCTION = types.FunctionType
+
+
+def reward_of(config: RewardConfig, function: str | None) -> Reward:
+    """Return what scores the answers of a run.
+
+    Args:
+        config: The ``reward`` section.
+        function: ``FILE.py:FUNCTION`` of the command line, or None.
+
+    Raises:
+        SlimError: If there is none, or there are two.
+    """
+    if function is not None:
+        if config.task is not None:
+            raise SlimError(
+                f"--reward {function} and reward.task={config.task} are both given",
+                "keep one: reward.task=null takes the function",
+            )
+        return FunctionReward(function)
+    if config.task is None:
+        raise SlimError(
+            "the recipe learns from rewards (reward:), and nothing gives one",
+            "set reward.task=NAME, or give a function: --reward FILE.py:FUNCTION",
+        )
+    return TaskReward(config.task, config.metric)

@@ -1,0 +1,145 @@
+"""The rows whose answers are scored: their questions, right answers and fields, as in the file.
+
+Invariant: row i here is row i of the token store that a run trains on; a row without a question,
+or whose question is one that a task is scored on, is refused by name before anything is drawn. A
+question is compared by the hash of its words, as ``evaluation/tasks/training_rows.py`` does.
+Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_slim.config.schema import DataConfig, SourceConfig
+from mlx_slim.data.formats import Example
+from mlx_slim.data.ledger import SourceLedger
+from mlx_slim.data.overlap import words
+from mlx_slim.data.pipeline import Pipeline
+from mlx_slim.data.sources import Source
+from mlx_slim.data.split import quotas
+from mlx_slim.data.store import TokenStore
+from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.evaluation.tasks.rows import RowsAbsent, load_rows
+from mlx_slim.evaluation.tasks.spec import Task
+from mlx_slim.evaluation.tasks.training_rows import training_rows
+from mlx_slim.hashing import hash_bytes
+from mlx_slim.reading import ChatMessage, JsonObject
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row of the data.
+
+    Attributes:
+        place: File and line.
+        messages: What the model reads, as a chat; the last one asks.
+        answer: The right answer of the data, ends stripped.
+        fields: The row as it was read.
+        chat: Whether it is a list of messages there.
+    """
+
+    place: str
+    messages: list[ChatMessage]
+    answer: str
+    fields: JsonObject
+    chat: bool
+
+    @property
+    def prompt(self) -> str:
+        """The question."""
+        return self.messages[-1]["content"]
+
+
+def read_scored_rows(
+    store: TokenStore,
+    config: DataConfig,
+    tokenizer: Any,
+    find: Callable[[SourceConfig], Source],
+    *,
+    max_length: int,
+    limit: RowLimit | None,
+) -> list[ScoredRow]:
+    """Return the rows of ``store``, read once more as ``data/prepare.py`` read them.
+
+    Args:
+        store: Of the same settings.
+        config: The ``data`` section.
+        tokenizer: The model's.
+        find: Finds a source.
+        max_length: Longest row, tokens.
+        limit: The longest row that the model computes right.
+
+    Raises:
+        SlimError: A row without a question and its answer, or rows that changed meanwhile.
+    """
+    pipeline = Pipeline(config, tokenizer, max_length=max_length, limit=limit)
+    sources = config.sources
+    read: list[ScoredRow] = []
+    for source, quota in zip(
+        sources, quotas(config.max_rows, [one.weight for one in sources]), strict=True
+    ):
+        ledger = SourceLedger("", "", 1.0, [])
+        for row in pipeline.rows(find(source), source, ledger, quota):
+            read.append(_scored(row.raw.place, row.example, row.raw.value))
+    if len(store) and int(store.index.max()) >= len(read):
+        raise SlimError(
+            f"the data has {len(read):,} rows now, fewer than when they were tokenised",
+            "start a new run, or give the data back as it was",
+        )
+    return [read[number] for number in store.index]
+
+
+def _scored(place: str, example: Example, fields: JsonObject) -> ScoredRow:
+    *asked, answer = example.messages or [{"role": "", "content": ""}]
+    if not any(message["role"] == "user" for message in asked):
+        raise SlimError(
+            f"{place}: a row of format {example.kind} asks nothing: expected a question and its "
+            "answer",
+            "rewards score answers to questions: give rows with prompt and completion, or messages",
+        )
+    return ScoredRow(place, asked, answer["content"].strip(), fields, example.kind == "chat")
+
+
+def _key(text: str) -> str:
+    return hash_bytes(" ".join(words(text)).encode())
+
+
+def refuse_test_questions(
+    rows: Sequence[ScoredRow], tasks: Iterable[Task], say: Callable[[str], None]
+) -> None:
+    """Refuse rows whose question one of ``tasks`` is scored on.
+
+    Args:
+        rows: Training rows.
+        tasks: Whose scored split is compared.
+        say: Hears of a task whose scored rows are not on this machine.
+
+    Raises:
+        SlimError: Names the first such row and counts all.
+    """
+    for task in tasks:
+        try:
+            scored = training_rows(task, load_rows(task), 0, None)
+        except RowsAbsent as error:
+            say(f"rows were not compared with the test questions of {task.name}: {error.message}")
+            continue
+        tested = {key for row in scored for key in (row["key"], _key(row["prompt"]))}
+        same = [
+            row.place
+            for row in rows
+            if not tested.isdisjoint(
+                (
+                    row.fields.get("key"),
+                    _key(row.prompt),
+                    _key(" ".join(message["content"] for message in row.messages)),
+                )
+            )
+        ]
+        if same:
+            raise SlimError(
+                f"{same[0]}: its question is one that {task.name} is scored on "
+                f"({len(same):,} of {len(rows):,} rows are)",
+                "leave these rows out: a model that was trained on them cannot be scored",
+            )
