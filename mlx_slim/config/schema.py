@@ -1,9 +1,10 @@
 """The recipe: every key, its one default and its range.
 
-Invariant: a default or a bound stands here (for ``adapter``, ``train``, ``distill`` and
-``preference``, in the file of that name) and nowhere else; unknown keys are errors. The sections
-mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``distill``, ``preference``,
-``memory``), and each is the only configuration object of the component that reads it. Try it:
+Invariant: a default or a bound stands here (for ``adapter``, ``train``, ``distill``,
+``preference`` and ``reward``, in the file of that name) and nowhere else; unknown keys are errors.
+The sections mirror the YAML (``adapter``, ``quantize``, ``data``, ``train``, ``distill``,
+``preference``, ``reward``, ``memory``), and each is the only configuration object of the component
+that reads it. Try it:
 ``mlx-slim train smollm2-lora train.steps=3 --dry-run -o /tmp/run``.
 """
 
@@ -16,6 +17,7 @@ from pydantic import Field, model_validator
 from mlx_slim.config.adapter import AdapterConfig
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.preference import PreferenceConfig, PreferenceRows
+from mlx_slim.config.reward import RewardConfig
 from mlx_slim.config.rounds import RoundsConfig
 from mlx_slim.config.section import (
     LARGEST,
@@ -191,6 +193,7 @@ class Recipe(Section):
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
         rounds: How the model answers prompts while it is trained (``distill.method=on-policy``).
         preference: How answers are compared (DPO, ORPO, KTO, …); None learns each row's answer.
+        reward: Rewards for answers that the model draws; None for plain fine-tuning.
         forgetting: A general text that is measured while the run trains; None measures none.
         report_answers: Validation rows that are answered before and after training, for the page
             of the run; 0 none.
@@ -208,6 +211,7 @@ class Recipe(Section):
     distill: DistillConfig | None = None
     rounds: RoundsConfig = RoundsConfig()
     preference: PreferenceConfig | None = None
+    reward: RewardConfig | None = None
     memory: MemoryConfig = MemoryConfig()
     report_answers: Annotated[int, Field(ge=0, le=16)] = 3
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -300,6 +304,37 @@ class Recipe(Section):
                 for key, value in unfit.items()
                 if value
             ]
+        if self.reward is not None:
+            problems += self._beside_rewards(self.reward)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _beside_rewards(self, reward: RewardConfig) -> list[str]:
+        """Return what does not go with learning from rewards."""
+        differs = {
+            "quantize.qat=true": self.quantize.qat,
+            f"train.neftune_alpha={self.train.neftune_alpha:g}": self.train.neftune_alpha,
+            f"adapter.dropout={self.adapter.dropout:g}": self.adapter.dropout,
+        }
+        problems = [
+            f"{key} changes the probabilities that answers were drawn with, which reward needs as "
+            "they are: drop one of them"
+            for key, value in differs.items()
+            if value
+        ]
+        if self.distill is not None:
+            problems.append("distill and reward are both set: a run learns from one of them")
+        if not self.data.mask_prompt:
+            problems.append("data.mask_prompt=false leaves no question to answer: reward needs one")
+        if reward.beta and self.trains_weights:
+            problems.append(
+                f"reward.beta={reward.beta:g} compares with the weights of the start, a second "
+                "copy of what is trained in full: set reward.beta=0, or train an adapter alone"
+            )
+        if reward.max_tokens is not None and reward.max_tokens >= self.train.max_length:
+            problems.append(
+                f"reward.max_tokens={reward.max_tokens} leaves no room for a question in "
+                f"train.max_length={self.train.max_length}: raise that one"
+            )
+        return problems

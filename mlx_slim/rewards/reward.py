@@ -12,13 +12,13 @@ import math
 import sys
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
 
 from mlx_slim.config.reward import RewardConfig
 from mlx_slim.data.lines import one_line
 from mlx_slim.errors import SlimError, did_you_mean
+from mlx_slim.evaluation.scoring.generate import Generation
 from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
 from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.spec import Task, find_task
@@ -27,21 +27,6 @@ from mlx_slim.reading import JsonObject
 from mlx_slim.rewards.scored_rows import ScoredRow
 
 FUNCTION_TOKENS = 256  # longest answer that a function scores, unless reward.max_tokens says so
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer that was drawn.
-
-    Attributes:
-        text: Without special tokens, cut before a stop string.
-        ids: Its token ids.
-        stop_reason: ``eos``, ``until`` or ``length``.
-    """
-
-    text: str
-    ids: Sequence[int]
-    stop_reason: str
 
 
 class Reward(Protocol):
@@ -59,7 +44,7 @@ class Reward(Protocol):
     max_tokens: int
     tasks: Sequence[Task]
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
         """Return the reward of each answer to the question of ``row``.
 
         Raises:
@@ -97,7 +82,7 @@ class TaskReward:
         self.until, self.max_tokens = task.spec.until, task.spec.max_tokens
         self.tasks = [task]
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
         """Return 1 for each right answer, 0 for the others."""
         question = Question(0, None, row.prompt, (), (), row.answer)
         return [
@@ -147,7 +132,7 @@ class FunctionReward:
         self.sha256 = hash_bytes(source)
         self._function = _load(Path(file), source, function)
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Answer]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
         """Return what the function returns for the answers to one question."""
         texts = [answer.text for answer in answers]
         prompts: list[Any] = [row.prompt] * len(answers)

@@ -21,9 +21,10 @@ from mlx_slim.data.sources import Source
 from mlx_slim.data.split import quotas
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import RowLimit, SlimError
-from mlx_slim.evaluation.tasks.rows import RowsAbsent, load_rows
+from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
+from mlx_slim.evaluation.tasks.rows import RowsAbsent, TaskRows, load_rows
 from mlx_slim.evaluation.tasks.spec import Task
-from mlx_slim.evaluation.tasks.training_rows import training_rows
+from mlx_slim.evaluation.tasks.training_rows import question_keys
 from mlx_slim.hashing import hash_bytes
 from mlx_slim.reading import ChatMessage, JsonObject
 
@@ -106,6 +107,22 @@ def _key(text: str) -> str:
     return hash_bytes(" ".join(words(text)).encode())
 
 
+_USER = Chat(lambda system, user: user)
+
+
+def _question_hashes(task: Task, rows: TaskRows) -> set[str]:
+    """Return the hashes of a task's questions: as posed, without description, and as in its rows.
+
+    The last by the columns that the task calls its question (``overlap``).
+    """
+    tested = set(question_keys(task, rows))
+    for chat in (None, _USER):
+        tested.update(_key(one.context) for one in build_questions(task, rows, 0, chat=chat))
+    if columns := task.spec.overlap:
+        tested.update(_key(" ".join(str(row.get(c, "")) for c in columns)) for row in rows.rows)
+    return tested
+
+
 def refuse_test_questions(
     rows: Sequence[ScoredRow], tasks: Iterable[Task], say: Callable[[str], None]
 ) -> None:
@@ -121,11 +138,10 @@ def refuse_test_questions(
     """
     for task in tasks:
         try:
-            scored = training_rows(task, load_rows(task), 0, None)
+            tested = _question_hashes(task, load_rows(task))
         except RowsAbsent as error:
             say(f"rows were not compared with the test questions of {task.name}: {error.message}")
             continue
-        tested = {key for row in scored for key in (row["key"], _key(row["prompt"]))}
         same = [
             row.place
             for row in rows

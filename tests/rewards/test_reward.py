@@ -8,8 +8,9 @@ import pytest
 
 from mlx_slim.config.reward import RewardConfig
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.generate import Generation
 from mlx_slim.hashing import hash_file
-from mlx_slim.rewards.reward import Answer, FunctionReward, TaskReward, reward_of
+from mlx_slim.rewards.reward import FunctionReward, TaskReward, reward_of
 from mlx_slim.rewards.scored_rows import ScoredRow
 
 ROW = ScoredRow(
@@ -19,7 +20,7 @@ ROW = ScoredRow(
     {"prompt": "2 + 2?", "completion": "So 4.\n#### 4", "level": 7},
     False,
 )
-ANSWERS = [Answer(text, [1, 2], "eos") for text in ("It is 4.\n#### 4", "4", "#### 5")]
+ANSWERS = [Generation(text, [1, 2], "eos") for text in ("It is 4.\n#### 4", "4", "#### 5")]
 
 
 def written(tmp_path: Path, body: str) -> str:
