@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,12 @@ from mlx_slim.finetuning.run_dir import Result
 from mlx_slim.planner import choose as choosing
 from mlx_slim.planner import run as planning
 from mlx_slim.planner.memory import Prediction
-from mlx_slim.preferences import run as training
 from mlx_slim.pruning import run as pruning
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization import run as compress
 from mlx_slim.quantization.policy import quantize_config
 from mlx_slim.reading import JsonObject
+from mlx_slim.rewards import run as rewards
 from mlx_slim.slimming import run as slimming
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.records import SlimReport
@@ -55,6 +56,7 @@ def finetune(
     out: Source,
     *,
     overrides: Mapping[str, Any] | None = None,
+    reward: Source | None = None,
     resume: bool = False,
     observer: events.Observer | None = None,
 ) -> Result:
@@ -64,6 +66,7 @@ def finetune(
         recipe: A shipped recipe's name, a YAML file, the values of a recipe, or a ``Resolved``.
         out: The run folder; must be new unless ``resume``.
         overrides: Dotted keys and their values: ``{"train.steps": 100}``.
+        reward: ``FILE.py:FUNCTION`` that scores drawn answers, as ``--reward``; it is run.
         resume: Continue from the newest checkpoint, bit for bit.
         observer: Hears of every event (``mlx_slim.events``).
 
@@ -72,7 +75,8 @@ def finetune(
         ResourceError: Over the memory budget or out of disk, before training.
         Interrupted: Ctrl-C; the state is saved.
     """
-    return _learn(training.train, recipe, out, overrides, resume, observer)
+    learn = partial(rewards.train, reward=None if reward is None else str(reward))
+    return _learn(learn, recipe, out, overrides, resume, observer)
 
 
 def choose(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="SIZE", help="With --data: memory not to exceed, e.g. 12GB.")
 @click.option("--time", metavar="TIME", help="With --data: time to stay within, roughly, e.g. 2h.")
 @click.option(
+    "--reward",
+    metavar="FILE.py:FUNCTION",
+    help="Score drawn answers with this function; it is run, so give only a file you trust.",
+)
+@click.option(
     "--validate", is_flag=True, help="Only score MODEL, untrained, on the validation rows."
 )
 def command(
@@ -52,6 +58,7 @@ def command(
     method: str | None,
     budget: str | None,
     time: str | None,
+    reward: str | None,
     validate: bool,
     mode: str,
 ) -> None:
@@ -62,6 +69,9 @@ def command(
     With --data, RECIPE is a hub id or a folder, and what is not set is chosen to fit the rows and
     this machine. Each choice is printed with its reason; RUN/recipe.yaml has them all, to change
     and run again.
+
+    A recipe with a reward section learns from answers that the model draws and a task or --reward
+    scores: mlx-slim train smollm2-grpo -o runs/grpo
     """
     if validate and (out is not None or resume):
         raise click.UsageError("--validate writes nothing: leave -o and --resume out")
@@ -86,9 +96,9 @@ def command(
     if validate:
         _validate(resolved, mode == "json")
         return
-    from mlx_slim.preferences.run import train
+    from mlx_slim.rewards.run import train
 
-    go(train, resolved, out, resume=resume, mode=mode)
+    go(partial(train, reward=reward), resolved, out, resume=resume, mode=mode)
 
 
 def _one_source(values: tuple[str, ...]) -> str | None:

@@ -39,6 +39,24 @@ _RIVALS: dict[Keys, Keys] = {
 
 
 @dataclass(frozen=True)
+class RewardSource:
+    """A function that scores answers: on the command line, for it is run (``--reward``).
+
+    Attributes:
+        function: ``FILE.py:FUNCTION``.
+        sha256: Of the file.
+    """
+
+    function: str
+    sha256: str
+
+    @property
+    def same(self) -> tuple[str, str]:
+        """What a resume must match: the file may have moved."""
+        return self.function.rpartition(":")[2], self.sha256
+
+
+@dataclass(frozen=True)
 class Resolved:
     """A recipe that is ready to run.
 
@@ -50,6 +68,7 @@ class Resolved:
         notices: One line for each key that was given under an old name.
         text: The recipe as a YAML file, for one that no file holds yet; a run puts it into its
             folder.
+        reward: The function of ``--reward`` and the hash of its file, None without one.
     """
 
     recipe: Recipe
@@ -58,6 +77,7 @@ class Resolved:
     source: str
     notices: tuple[str, ...] = ()
     text: str = ""
+    reward: RewardSource | None = None
 
     @property
     def overridden(self) -> set[str]:

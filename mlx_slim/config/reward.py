@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mlx_slim.config.section import LARGEST, Count, PositiveInt, Section
+from mlx_slim.config.section import LARGEST, Section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 
@@ -19,8 +19,8 @@ LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 class RewardConfig(Section):
     """Group-relative policy optimization on rewards that a program computes (arXiv 2402.03300).
 
-    For each question ``group_size`` answers are drawn; the advantage A of an answer is its reward
-    minus the group's mean. With ρ = π/π_old a token's loss is
+    For each question ``group_size`` answers are drawn (section ``rounds``); the advantage A of an
+    answer is its reward minus the group's mean. With ρ = π/π_old a token's loss is
 
         −min(ρ·A, clip(ρ, 1 − epsilon, 1 + epsilon_high)·A) + beta·KL to the model at the start.
 
@@ -30,40 +30,32 @@ class RewardConfig(Section):
         metric: Of that task; None is its first one.
         loss_type: How the tokens' losses become one: ``grpo`` the mean over answers of each
             answer's mean, ``bnpo`` the mean over the tokens of a step, ``dr_grpo`` their sum over
-            answers times ``max_tokens`` (arXiv 2503.20783), ``dapo`` their sum over the tokens
-            of a round (arXiv 2503.14476).
+            answers times ``rounds.max_tokens`` (arXiv 2503.20783), ``dapo`` their sum over the
+            tokens of a round (arXiv 2503.14476).
         group_size: Answers to a question (TRL's ``num_generations``).
-        round_rows: Questions of a round: their answers are drawn from the same weights.
-        round_steps: Optimizer steps of a round (TRL's ``steps_per_generation``); after the first
-            one the answers are of an older policy, which ρ corrects.
         scale_rewards: ``group`` divides advantages by the standard deviation of the group, ``none``
             does not; None is ``none`` for ``dr_grpo``, as its paper says, else ``group``.
         beta: Weight of the KL divergence; 0 needs no reference.
         use_bias_correction_kl: Multiply the KL divergence of a token by ρ, as TRL does.
         epsilon: How far ρ may fall below 1 before a token with A < 0 is no longer learned.
         epsilon_high: How far above 1 with A > 0; None is ``epsilon``. DAPO's paper uses 0.28.
-        temperature: Of the answers, and of the policy that is trained.
-        max_tokens: Longest answer, tokens; None is the task's (256 for a function).
-        mask_truncated: Learn nothing from answers that were cut at ``max_tokens``.
-        redraws: How often a round may draw further questions in place of those whose answers all
-            score alike (DAPO's dynamic sampling); 0 keeps them, and they teach nothing.
+        mask_truncated: Learn nothing from answers that were cut at ``rounds.max_tokens`` (TRL's
+            ``mask_truncated_completions``).
+        redraws: How often the answers to a question are drawn again while they all score alike
+            (DAPO's dynamic sampling); such a group teaches nothing, and is counted.
     """
 
     task: str | None = None
     metric: str | None = None
     loss_type: LossType = "dapo"
     group_size: Annotated[int, Field(ge=2, le=256)] = 8
-    round_rows: PositiveInt = 8
-    round_steps: PositiveInt = 1
     scale_rewards: Literal["group", "none"] | None = None
     beta: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     use_bias_correction_kl: bool = True
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Annotated[float, Field(gt=0, le=LARGEST)] | None = None
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    max_tokens: PositiveInt | None = None
     mask_truncated: bool = False
-    redraws: Count = 0
+    redraws: Annotated[int, Field(ge=0, le=100)] = 0
 
     @property
     def upper(self) -> float:

@@ -332,9 +332,4 @@ class Recipe(Section):
                 f"reward.beta={reward.beta:g} compares with the weights of the start, a second "
                 "copy of what is trained in full: set reward.beta=0, or train an adapter alone"
             )
-        if reward.max_tokens is not None and reward.max_tokens >= self.train.max_length:
-            problems.append(
-                f"reward.max_tokens={reward.max_tokens} leaves no room for a question in "
-                f"train.max_length={self.train.max_length}: raise that one"
-            )
         return problems

@@ -24,6 +24,7 @@ from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
 from mlx_slim.finetuning.round_curves import round_charts
+from mlx_slim.finetuning.reward_source import reward_source
 from mlx_slim.finetuning.run_dir import (
     ANSWERS_FILE,
     RECORD,
@@ -339,7 +340,13 @@ def _commands(
     source = str(state.get("given") or state.get("name") or "RECIPE")
     if result is None:
         recipe = Recipe.model_validate(current_recipe(state["recipe"]))
-        resolved = Resolved(recipe, state.get("origins", {}), str(state.get("name")), source)
+        resolved = Resolved(
+            recipe,
+            state.get("origins", {}),
+            str(state.get("name")),
+            source,
+            reward=reward_source(dict(state), out / STATE_FILE),
+        )
         return [
             step("resume it", "mlx-slim", *command_words(resolved), "-o", out, "--resume"),
             step("watch it", "mlx-slim", "report", out, "--watch"),

@@ -103,7 +103,7 @@ def finetune(
     for notice in resolved.notices:
         observer.notify(events.Notice(notice, "warning"))
     with (
-        claim(out, recipe, observer, resume=resume) as started,
+        claim(out, recipe, observer, resume=resume, reward=resolved.reward) as started,
         run_dir(out).resumable(partial(command_words, resolved)),
         memory_limits(memory_budget(recipe.memory.budget)),
         keep_awake(recipe.train.keep_awake),
@@ -378,6 +378,7 @@ def _record(
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
         **({"extended": asdict(extended)} if extended else {}),
+        **({"reward": asdict(resolved.reward)} if resolved.reward else {}),
         **strategy.record(),
         "result": {
             "done": asdict(result.done),

@@ -24,12 +24,13 @@ from pydantic import ValidationError
 from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
-from mlx_slim.config.load import COMMAND_LINE, Resolved
+from mlx_slim.config.load import COMMAND_LINE, Resolved, RewardSource
 from mlx_slim.config.schema import Recipe
 from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals
 from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.reward_source import check_same_reward
 from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
 from mlx_slim.reading import JsonObject, exists, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
@@ -115,19 +116,28 @@ def run_dir(out: Path) -> RunDir:
 
 
 @contextlib.contextmanager
-def claim(out: Path, recipe: Recipe, observer: events.Observer, *, resume: bool) -> Iterator[bool]:
+def claim(
+    out: Path,
+    recipe: Recipe,
+    observer: events.Observer,
+    *,
+    resume: bool,
+    reward: RewardSource | None = None,
+) -> Iterator[bool]:
     """Hold the folder ``out`` for a run; yield whether it was started before.
 
     Rank 0 holds it for all.
 
     Raises:
-        SlimError: As ``RunDir.claim``, or if it was started with another recipe.
+        SlimError: As ``RunDir.claim``, or if it was started with another recipe, or with another
+            function than ``reward``.
     """
     with contextlib.ExitStack() as stack:
         notices: list[str] = []
 
         def match() -> None:
             notices.extend(_check_same(out, recipe))
+            check_same_reward(out / STATE_FILE, reward)
 
         def hold() -> bool:
             claimed = stack.enter_context(run_dir(out).claim(resume=resume, match=match))
@@ -265,6 +275,7 @@ def state_record(
         "origins": resolved.origins,
         "data": None if data is None else data.fingerprint,
         **({"extended": asdict(extended)} if extended else {}),
+        **({"reward": asdict(resolved.reward)} if resolved.reward else {}),
         **({"adapters": adapters} if (adapters := adapter_hashes(resolved.recipe)) else {}),
     }
 
@@ -295,6 +306,8 @@ def command_words(resolved: Resolved) -> list[str]:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             words.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    if resolved.reward is not None:
+        words += ["--reward", resolved.reward.function]
     return words
 
 

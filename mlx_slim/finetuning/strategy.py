@@ -232,6 +232,11 @@ def plain_strategy(resolved: Resolved) -> CrossEntropyStrategy:
             f"{source} compares answers (preference:), and this is plain fine-tuning",
             f"use mlx-slim train {source}, or drop the section with preference=null",
         )
+    if recipe.reward is not None:
+        raise SlimError(
+            f"{source} has rewards (reward:), and this is plain fine-tuning",
+            f"use mlx-slim train {source}, or drop them with reward=null",
+        )
     return CrossEntropyStrategy()
 
 

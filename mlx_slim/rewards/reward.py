@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, final
 
+from mlx_slim.config.load import RewardSource
 from mlx_slim.config.reward import RewardConfig
 from mlx_slim.data.lines import one_line
 from mlx_slim.errors import SlimError, did_you_mean
@@ -23,10 +24,7 @@ from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
 from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.hashing import hash_bytes
-from mlx_slim.reading import JsonObject
 from mlx_slim.rewards.scored_rows import ScoredRow
-
-FUNCTION_TOKENS = 256  # longest answer that a function scores, unless reward.max_tokens says so
 
 
 class Reward(Protocol):
@@ -35,13 +33,11 @@ class Reward(Protocol):
     Attributes:
         name: In messages and records.
         until: Texts that end an answer.
-        max_tokens: Longest answer unless the recipe says.
         tasks: Whose test questions may not be rows.
     """
 
     name: str
     until: Sequence[str]
-    max_tokens: int
     tasks: Sequence[Task]
 
     def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
@@ -50,10 +46,6 @@ class Reward(Protocol):
         Raises:
             SlimError: If there is none; the row is named.
         """
-        ...
-
-    def record(self) -> JsonObject:
-        """Return what the rewards depend on, for the records of a run."""
         ...
 
 
@@ -79,7 +71,7 @@ class TaskReward:
             )
         self.task, self.metric = task, metric or first_metric(task.metrics)
         self.name = f"{task.name}, {self.metric}"
-        self.until, self.max_tokens = task.spec.until, task.spec.max_tokens
+        self.until = task.spec.until
         self.tasks = [task]
 
     def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
@@ -91,10 +83,6 @@ class TaskReward:
             )
             for answer in answers
         ]
-
-    def record(self) -> JsonObject:
-        """Return nothing: the recipe names the task."""
-        return {}
 
 
 @final
@@ -111,7 +99,6 @@ class FunctionReward:
     """
 
     until: Sequence[str] = ()
-    max_tokens = FUNCTION_TOKENS
     tasks: Sequence[Task] = ()
 
     def __init__(self, spec: str) -> None:
@@ -120,7 +107,6 @@ class FunctionReward:
             raise SlimError(
                 f"--reward {spec} names no function", "expected FILE.py:FUNCTION, as in score.py:f"
             )
-        self.spec = spec
         self.name = f"{Path(file).name}:{function}"
         try:
             source = Path(file).expanduser().read_bytes()
@@ -129,7 +115,7 @@ class FunctionReward:
                 f"--reward {spec}: {file} cannot be read: {error.strerror or error}",
                 "expected FILE.py:FUNCTION, as in score.py:f",
             ) from error
-        self.sha256 = hash_bytes(source)
+        self.source = RewardSource(spec, hash_bytes(source))
         self._function = _load(Path(file), source, function)
 
     def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
@@ -176,10 +162,6 @@ class FunctionReward:
     def _wrong(self, row: ScoredRow, what: str, hint: str) -> SlimError:
         return SlimError(f"{row.place}: {self.name}: {what}", hint)
 
-    def record(self) -> JsonObject:
-        """Return the function, and the hash of its file."""
-        return {"function": self.spec, "sha256": self.sha256}
-
 
 # Arguments of every function: a field of that name is not passed.
 _OWN = ("prompt", "prompts", "completion", "completions", "completion_ids", "messages")
@@ -192,7 +174,7 @@ def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
-        exec(compile(source, str(file), "exec"), module.__dict__)  # noqa: S102
+        exec(compile(source, str(file), "exec"), module.__dict__)
     except Exception as error:
         raise SlimError(
             f"--reward {file}: {type(error).__name__}: {one_line(error)}",
@@ -211,26 +193,27 @@ def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:
 _FUNCTION = types.FunctionType
 
 
-def reward_of(config: RewardConfig, function: str | None) -> Reward:
+def reward_of(config: RewardConfig, function: FunctionReward | None) -> Reward:
     """Return what scores the answers of a run.
 
     Args:
         config: The ``reward`` section.
-        function: ``FILE.py:FUNCTION`` of the command line, or None.
+        function: That of the command line, or None.
 
     Raises:
         SlimError: If there is none, or there are two.
     """
-    if function is not None:
-        if config.task is not None:
-            raise SlimError(
-                f"--reward {function} and reward.task={config.task} are both given",
-                "keep one: reward.task=null takes the function",
-            )
-        return FunctionReward(function)
-    if config.task is None:
+    if function is None and config.task is None:
         raise SlimError(
             "the recipe learns from rewards (reward:), and nothing gives one",
             "set reward.task=NAME, or give a function: --reward FILE.py:FUNCTION",
+        )
+    if config.task is None:
+        assert function is not None
+        return function
+    if function is not None:
+        raise SlimError(
+            f"--reward {function.source.function} and reward.task={config.task} are both given",
+            "keep one: reward.task=null takes the function",
         )
     return TaskReward(config.task, config.metric)

@@ -82,8 +82,8 @@ def read_scored_rows(
         sources, quotas(config.max_rows, [one.weight for one in sources]), strict=True
     ):
         ledger = SourceLedger("", "", 1.0, [])
-        for row in pipeline.rows(find(source), source, ledger, quota):
-            read.append(_scored(row.raw.place, row.example, row.raw.value))
+        rows = pipeline.rows(find(source), source, ledger, quota)
+        read += [_scored(row.raw.place, row.example, row.raw.value) for row in rows]
     if len(store) and int(store.index.max()) >= len(read):
         raise SlimError(
             f"the data has {len(read):,} rows now, fewer than when they were tokenised",

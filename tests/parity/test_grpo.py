@@ -1,7 +1,8 @@
 """Losses and gradients of TRL's ``GRPOTrainer._compute_loss``, for its four loss types, both ways.
 
-Old log-probabilities differ from the policy's, so that both clips are active; a tiny random llama in
-float32; ours in several micro-batches, TRL's in one. Needs PyTorch and TRL; skipped without them.
+Old log-probabilities differ from the policy's, so that both clips are active. The model is a tiny
+random llama in float32; ours in several micro-batches, TRL's in one. Needs PyTorch and TRL; skipped
+without them.
 Run: ``make parity``.
 """
 
@@ -139,7 +140,7 @@ def theirs(trainer: Any, config: RewardConfig) -> tuple[float, dict[str, np.ndar
     return loss.item(), gradients, trainer._metrics["train"]
 
 
-def ours(folder: Path, config: RewardConfig) -> StepResult:
+def ours(folder: Path, config: RewardConfig, temperature: float) -> StepResult:
     """Return our step over the same rows, in three micro-batches."""
     model = load(folder, dtype=mx.float32).model
     kept = [i for i in range(len(ROWS)) if not (config.mask_truncated and i == CUT)]
@@ -157,7 +158,7 @@ def ours(folder: Path, config: RewardConfig) -> StepResult:
         config.upper,
         config.beta,
         config.use_bias_correction_kl,
-        config.temperature,
+        temperature,
     )
     stepper = Stepper(model, PolicyObjective(token_loss, lambda: columns, model, chunk=7))
     plan = [[group for group in groups if group[0] in kept] for groups in PLAN]
@@ -181,11 +182,11 @@ def test_the_loss_is_that_of_trl(
     loss_type: LossType,
     changes: dict[str, Any],
 ) -> None:
-    config = RewardConfig(
-        loss_type=loss_type, epsilon=LOW, epsilon_high=HIGH, max_tokens=LONGEST, **changes
-    )
-    loss, gradients, metrics = theirs(trainers(config.temperature), config)
-    result = ours(tiny(), config)
+    changes = dict(changes)
+    temperature = changes.pop("temperature", 1.0)
+    config = RewardConfig(loss_type=loss_type, epsilon=LOW, epsilon_high=HIGH, **changes)
+    loss, gradients, metrics = theirs(trainers(temperature), config)
+    result = ours(tiny(), config, temperature)
     assert result.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
     largest = max(np.abs(value).max() for value in gradients.values())
     assert largest > 1e-3

@@ -36,7 +36,7 @@ def written(tmp_path: Path, body: str) -> str:
 def test_a_task_scores_by_its_own_metric(metric: str | None, expected: list[int]) -> None:
     reward = TaskReward("gsm8k", metric)
     assert reward(ROW, ANSWERS) == expected
-    assert "<|im_end|>" in reward.until and reward.max_tokens == 256
+    assert "<|im_end|>" in reward.until
 
 
 def test_a_function_is_called_as_by_trl(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_function_is_called_as_by_trl(tmp_path: Path) -> None:
     return [len(text) for text in completions]"""
     reward = FunctionReward(written(tmp_path, body))
     assert reward(ROW, ANSWERS) == [len(answer.text) for answer in ANSWERS]
-    assert reward.record()["sha256"] == hash_file(tmp_path / "score.py")
+    assert reward.source.sha256 == hash_file(tmp_path / "score.py")
 
 
 def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_a_file_without_the_function_is_refused(
 
 
 def test_what_gives_the_reward_is_one_thing(tmp_path: Path) -> None:
-    spec = written(tmp_path, "return []")
-    assert isinstance(reward_of(RewardConfig(), spec), FunctionReward)
+    function = FunctionReward(written(tmp_path, "return []"))
+    assert reward_of(RewardConfig(), function) is function
     with pytest.raises(SlimError, match="both given"):
-        reward_of(RewardConfig(task="gsm8k"), spec)
+        reward_of(RewardConfig(task="gsm8k"), function)
     with pytest.raises(SlimError, match="nothing gives one"):
         reward_of(RewardConfig(), None)
     with pytest.raises(SlimError, match="kind multiple_choice"):

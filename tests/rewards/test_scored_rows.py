@@ -38,9 +38,7 @@ def written(file: Path, rows: list[dict[str, Any]]) -> Path:
 def scored(tmp_path: Path, folder: Path, config: DataConfig) -> tuple[Any, list[ScoredRow]]:
     tokenizer = load_tokenizer(folder)
     data = prepare(config, tokenizer, max_length=64, seed=0, folder=tmp_path / "run", processes=0)
-    rows = read_scored_rows(
-        data.train, config, tokenizer, sources.find, max_length=64, limit=None
-    )
+    rows = read_scored_rows(data.train, config, tokenizer, sources.find, max_length=64, limit=None)
     return data.train, rows
 
 
@@ -83,9 +81,7 @@ def test_a_row_that_asks_nothing_is_refused(tiny: TinyModels, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", ["raw", "bare", "rendered", "chat", "key"])
-def test_questions_of_a_test_split_are_refused(
-    tiny: TinyModels, tmp_path: Path, form: str
-) -> None:
+def test_questions_of_a_test_split_are_refused(tiny: TinyModels, tmp_path: Path, form: str) -> None:
     written(tmp_path / "test.jsonl", [{"prompt": "How many?", "completion": "4"}])
     (tmp_path / "mine.yaml").write_text(TASK)
     task = find_task(tmp_path / "mine.yaml")
