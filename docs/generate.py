@@ -56,6 +56,7 @@ PAPERS = {
     "2310.12036": "IPO: preferences without a reward model's assumptions",
     "2312.03732": "rsLoRA",
     "2402.01306": "KTO: single answers with labels",
+    "2402.03300": "GRPO: group-relative policy optimization (DeepSeekMath)",
     "2402.04616": "TinyLLM: answers and rationales of several teachers",
     "2402.09353": "DoRA",
     "2402.12030": "Universal logit distillation (ULD)",
@@ -77,6 +78,8 @@ PAPERS = {
     "2410.21228": "Intruder dimensions",
     "2410.21271": "EoRA: compensation of rounding without training",
     "2411.09009": "Loss over the vocabulary without full logits",
+    "2503.14476": "DAPO: clip-higher, dynamic sampling, token mean",
+    "2503.20783": "Dr. GRPO: no bias to long wrong answers",
     "2510.13999": "REAP: experts by router-weighted activation",
 }
 

@@ -40,6 +40,7 @@ FLOORS = (
     {"planner", "serving"},
     {"finetuning"},
     {"distillation", "preferences"},
+    {"rewards"},
     {"pruning"},
     {"slimming", "sweeping"},
     {"api"},

@@ -10,8 +10,7 @@ n_i tokens, and a round of N' tokens in R' answers, w and Σ share are
     dr_grpo   1       R·max_tokens         a length that no answer changes (arXiv 2503.20783)
     dapo      1       N'·R/R'              the mean over tokens of the round (arXiv 2503.14476)
 
-Answers that are masked count in R, not in N: what they would have as a share, the others of the
-round carry. Legend: A answers of a round. Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
+Answers that are masked count in R and R', not in N and N'. Legend: A answers of a round. Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
 """
 
 from __future__ import annotations
@@ -29,6 +28,11 @@ def alike(rewards_A: np.ndarray, group_size: int) -> np.ndarray:
     return (groups == groups[:, :1]).all(axis=1)
 
 
+def spread(rewards_A: np.ndarray, group_size: int) -> np.ndarray:
+    """Return the standard deviation of each group, with Bessel's correction, float64 (groups,)."""
+    return rewards_A.astype(np.float64).reshape(-1, group_size).std(axis=1, ddof=1)
+
+
 def advantages(rewards_A: np.ndarray, group_size: int, *, divide: bool) -> np.ndarray:
     """Return the advantage of every answer, float32 (A,).
 
@@ -41,7 +45,7 @@ def advantages(rewards_A: np.ndarray, group_size: int, *, divide: bool) -> np.nd
     centred = groups - groups.mean(axis=1, keepdims=True)
     centred[alike(rewards_A, group_size)] = 0.0  # not the rounding of a mean
     if divide:
-        centred /= groups.std(axis=1, ddof=1, keepdims=True) + _EPSILON
+        centred /= spread(rewards_A, group_size)[:, None] + _EPSILON
     return centred.reshape(-1).astype(np.float32)
 
 
@@ -52,21 +56,19 @@ def token_weights(loss_type: LossType, tokens_A: np.ndarray) -> np.ndarray:
     return np.ones(len(tokens_A), np.float32)
 
 
-def shares(loss_type: LossType, tokens_A: np.ndarray, answers: int, max_tokens: int) -> np.ndarray:
-    """Return the part of a step's divisor that each answer brings, float64 (A,).
+def shares(
+    loss_type: LossType, tokens_A: np.ndarray, learned_A: np.ndarray, max_tokens: int
+) -> np.ndarray:
+    """Return what each answer adds to the divisor of its step, float64 (A,).
 
     Args:
         loss_type: Of the four.
-        tokens_A: Tokens of the answers that are learned from.
-        answers: Answers of the round, the masked ones among them.
+        tokens_A: Tokens of each answer.
+        learned_A: Whether an answer is learned from; the others are masked.
         max_tokens: Longest answer.
     """
-    learned = max(len(tokens_A), 1)
+    kept_A = (tokens_A * learned_A).astype(np.float64)
     if loss_type == "bnpo":
-        return tokens_A.astype(np.float64)
-    whole = {
-        "grpo": float(answers),
-        "dr_grpo": float(answers) * max_tokens,
-        "dapo": float(tokens_A.sum()),
-    }[loss_type]
-    return np.full(len(tokens_A), whole / learned)
+        return kept_A
+    each = {"grpo": 1.0, "dr_grpo": float(max_tokens), "dapo": kept_A.sum() / len(kept_A)}
+    return np.full(len(kept_A), each[loss_type])

@@ -29,8 +29,8 @@ class RoundColumns:
     Attributes:
         old_S: Its log-probability when it was drawn, float32.
         advantage_S: Of its answer, float32.
-        weight_S: In the loss, float32, above 0.
-        share_S: In the divisor of a step: its answer's share, divided among its tokens, float64.
+        weight_S: In the loss, float32; 0 in an answer that is masked.
+        share_S: What it adds to the divisor of its step, float64.
         reference_S: Its log-probability under the reference, float32; None without one.
     """
 
@@ -45,28 +45,29 @@ class RoundColumns:
         cls,
         loss_type: LossType,
         max_tokens: int,
-        answers: int,
         tokens_A: np.ndarray,
+        learned_A: np.ndarray,
         advantage_A: np.ndarray,
         old_S: np.ndarray,
         reference_S: np.ndarray | None = None,
     ) -> RoundColumns:
-        """Return the columns of a round's answers that are learned from.
+        """Return the columns of the answers of a round.
 
         Args:
             loss_type: How tokens and answers weigh.
             max_tokens: Longest answer.
-            answers: Of the round, masked ones counted.
             tokens_A: Tokens of each answer, above 0.
+            learned_A: Whether it is learned from; the others are masked.
             advantage_A: Of each.
             old_S: Log-probability of each token when it was drawn, answer after answer.
             reference_S: Under the reference.
         """
-        share_A = shares(loss_type, tokens_A, answers, max_tokens) / tokens_A
+        share_A = shares(loss_type, tokens_A, learned_A, max_tokens) / tokens_A
+        weight_A = token_weights(loss_type, tokens_A) * learned_A
         return cls(
             old_S.astype(np.float32),
             np.repeat(advantage_A.astype(np.float32), tokens_A),
-            np.repeat(token_weights(loss_type, tokens_A), tokens_A),
+            np.repeat(weight_A, tokens_A),
             np.repeat(share_A, tokens_A),
             None if reference_S is None else reference_S.astype(np.float32),
         )
@@ -97,10 +98,12 @@ class PolicyObjective(CrossEntropy):
         self._columns = columns
 
     def divisors(self, batch: Batch) -> Sequence[float]:
-        """Return the answers' shares for the loss, and the number of tokens for each metric."""
-        real_N = batch.sources_N[batch.sources_N >= 0]
-        share = float(self._columns().share_S[real_N].sum()) if len(real_N) else 1.0
-        return [share, *[float(batch.supervised_tokens)] * len(self.metrics)]
+        """Return the answers' shares for the loss, and for each metric the tokens not masked."""
+        columns, real_N = self._columns(), batch.sources_N[batch.sources_N >= 0]
+        if not len(real_N):  # a batch for measuring
+            return [1.0] * (1 + len(self.metrics))
+        tokens = float(np.count_nonzero(columns.weight_S[real_N]))
+        return [float(columns.share_S[real_N].sum()), *[tokens] * len(self.metrics)]
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays``, then old log-probabilities, advantages, weights, reference.

@@ -19,12 +19,30 @@ from mlx_slim.config.load import RewardSource
 from mlx_slim.config.reward import RewardConfig
 from mlx_slim.data.lines import one_line
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.evaluation.scoring.generate import Generation
 from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
 from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.hashing import hash_bytes
 from mlx_slim.rewards.scored_rows import ScoredRow
+
+
+class DrawnAnswer(Protocol):
+    """An answer: ``Generation``, or ``SampledAnswer`` of a round."""
+
+    @property
+    def text(self) -> str:
+        """Without special tokens, cut before a stop string."""
+        ...
+
+    @property
+    def ids(self) -> list[int]:
+        """Its token ids."""
+        ...
+
+    @property
+    def stop_reason(self) -> str:
+        """``eos``, ``until`` or ``length``."""
+        ...
 
 
 class Reward(Protocol):
@@ -40,7 +58,7 @@ class Reward(Protocol):
     until: Sequence[str]
     tasks: Sequence[Task]
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return the reward of each answer to the question of ``row``.
 
         Raises:
@@ -74,7 +92,7 @@ class TaskReward:
         self.until = task.spec.until
         self.tasks = [task]
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return 1 for each right answer, 0 for the others."""
         question = Question(0, None, row.prompt, (), (), row.answer)
         return [
@@ -118,7 +136,7 @@ class FunctionReward:
         self.source = RewardSource(spec, hash_bytes(source))
         self._function = _load(Path(file), source, function)
 
-    def __call__(self, row: ScoredRow, answers: Sequence[Generation]) -> list[float]:
+    def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return what the function returns for the answers to one question."""
         texts = [answer.text for answer in answers]
         prompts: list[Any] = [row.prompt] * len(answers)

@@ -8,6 +8,7 @@ resume, memory guard and verification of what was saved. Try it:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mlx_slim import events
@@ -50,7 +51,12 @@ def train(
             )
         return finetune(resolved, out, observer=observer, resume=resume)
     function = None if reward is None else FunctionReward(reward)
-    strategy = PolicyStrategy(config, reward_of(config, function))
+    say = partial(_warn, observer)
+    strategy = PolicyStrategy(resolved.recipe, reward_of(config, function), say)
     if function is not None:
         resolved = replace(resolved, reward=function.source)
     return finetune(resolved, out, observer=observer, resume=resume, strategy=strategy)
+
+
+def _warn(observer: events.Observer, text: str) -> None:
+    observer.notify(events.Notice(text, "warning"))

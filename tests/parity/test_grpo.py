@@ -143,15 +143,14 @@ def theirs(trainer: Any, config: RewardConfig) -> tuple[float, dict[str, np.ndar
 def ours(folder: Path, config: RewardConfig, temperature: float) -> StepResult:
     """Return our step over the same rows, in three micro-batches."""
     model = load(folder, dtype=mx.float32).model
-    kept = [i for i in range(len(ROWS)) if not (config.mask_truncated and i == CUT)]
     columns = RoundColumns.of(
         config.loss_type,
         LONGEST,
-        len(ROWS),
-        np.array(ANSWERS)[kept],
-        ROWS.advantage[kept],
-        np.concatenate([ROWS.old[i] for i in kept]),
-        np.concatenate([ROWS.reference[i] for i in kept]) if config.beta else None,
+        ROWS.supervised,
+        (np.arange(len(ROWS)) != CUT) | (not config.mask_truncated),
+        ROWS.advantage,
+        np.concatenate(ROWS.old),
+        np.concatenate(ROWS.reference) if config.beta else None,
     )
     token_loss = PolicyLoss(
         config.epsilon,
@@ -161,8 +160,7 @@ def ours(folder: Path, config: RewardConfig, temperature: float) -> StepResult:
         temperature,
     )
     stepper = Stepper(model, PolicyObjective(token_loss, lambda: columns, model, chunk=7))
-    plan = [[group for group in groups if group[0] in kept] for groups in PLAN]
-    return stepper.step(collate(ROWS, groups, isolate=False) for groups in plan if groups)
+    return stepper.step(collate(ROWS, groups, isolate=False) for groups in PLAN)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "dapo"])

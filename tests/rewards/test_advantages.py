@@ -30,7 +30,8 @@ def test_weights_and_shares() -> None:
     tokens = np.array([2, 8])
     assert token_weights("grpo", tokens).tolist() == [0.5, 0.125]
     assert token_weights("bnpo", tokens).tolist() == [1.0, 1.0]
-    assert shares("grpo", tokens, 4, 16).tolist() == [2.0, 2.0]
-    assert shares("bnpo", tokens, 4, 16).tolist() == [2.0, 8.0]
-    assert shares("dr_grpo", tokens, 4, 16).tolist() == [32.0, 32.0]
-    assert shares("dapo", tokens, 4, 16).tolist() == [5.0, 5.0]
+    tokens, learned = np.array([2, 8, 16]), np.array([True, True, False])
+    assert shares("grpo", tokens, learned, 16).tolist() == [1.0, 1.0, 1.0]
+    assert shares("bnpo", tokens, learned, 16).tolist() == [2.0, 8.0, 0.0]
+    assert shares("dr_grpo", tokens, learned, 16).tolist() == [16.0, 16.0, 16.0]
+    assert shares("dapo", tokens, learned, 16).tolist() == pytest.approx([10 / 3] * 3)

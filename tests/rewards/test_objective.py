@@ -21,7 +21,7 @@ from tests.training.test_step import GROUPED, LENGTHS, PACKED, SEPARATE, _differ
 
 ROWS = MemoryRows(LENGTHS)
 TOKENS = ROWS.supervised
-MASKED = 2  # further answers of the round that nothing is learned from
+LEARNED = np.arange(len(ROWS)) != 2  # the third answer is masked
 LONGEST = 64
 LOSS_TYPES: list[LossType] = ["grpo", "bnpo", "dr_grpo", "dapo"]
 
@@ -32,8 +32,8 @@ def round_columns(loss_type: LossType) -> RoundColumns:
     return RoundColumns.of(
         loss_type,
         LONGEST,
-        len(ROWS) + MASKED,
         TOKENS,
+        LEARNED,
         rng.normal(size=len(ROWS)),
         rng.normal(-5.5, 0.3, count),
         rng.normal(-5.5, 0.3, count),
@@ -72,7 +72,7 @@ def test_every_cut_gives_one_loss_and_gradient(tiny: TinyModels, loss_type: Loss
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_the_divisor_of_a_whole_round(loss_type: LossType) -> None:
-    answers, tokens = len(ROWS) + MASKED, int(TOKENS.sum())
+    answers, tokens = len(ROWS), int(TOKENS[LEARNED].sum())
     expected = {
         "grpo": answers,
         "bnpo": tokens,

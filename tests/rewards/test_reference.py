@@ -60,7 +60,9 @@ def test_the_sampler_knows_the_probabilities_of_the_trainer(
     batcher = Batcher(rows, 64, 32, "grouped", 0)
     known = drawn_log_probs(loaded.model, batcher, temperature, vocabulary=VOCAB, chunk=5)
     assert np.abs(known - drawn).max() < 1e-5
-    columns = RoundColumns.of("bnpo", 12, 6, rows.supervised, np.ones(6), drawn, known)
+    columns = RoundColumns.of(
+        "bnpo", 12, rows.supervised, np.ones(6, bool), np.ones(6), drawn, known
+    )
     token_loss = PolicyLoss(beta=1.0, temperature=temperature)
     objective = PolicyObjective(token_loss, lambda: columns, loaded.model)
     result = Stepper(loaded.model, objective).step(map(batcher.batch, batcher.plan(0)))
