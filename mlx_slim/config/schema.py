@@ -191,7 +191,8 @@ class Recipe(Section):
         revision: Commit or tag of a hub model.
         method: ``full``, ``lora``, ``qlora`` or ``dora``.
         distill: Teachers, for ``mlx-slim distill``; None for plain fine-tuning.
-        rounds: How the model answers prompts while it is trained (``distill.method=on-policy``).
+        rounds: How the model answers prompts while it is trained (``distill.method=on-policy``,
+            ``reward``).
         preference: How answers are compared (DPO, ORPO, KTO, …); None learns each row's answer.
         reward: Rewards for answers that the model draws; None for plain fine-tuning.
         forgetting: A general text that is measured while the run trains; None measures none.
@@ -224,6 +225,8 @@ class Recipe(Section):
     @property
     def has_rounds(self) -> bool:
         """Whether the model writes some of the rows that it is trained on."""
+        if self.reward is not None:
+            return True
         return self.distill is not None and self.distill.sampled_fraction > 0
 
     @property
@@ -287,7 +290,7 @@ class Recipe(Section):
         if self.rounds != RoundsConfig() and not self.has_rounds:
             problems.append(
                 "rounds says how the model answers prompts in training, and nothing here makes it: "
-                "set distill.method=on-policy, or drop rounds"
+                "set distill.method=on-policy or a reward, or drop rounds"
             )
         if self.preference is not None:
             formats = {source.format for source in self.data.sources} - {"auto"}
@@ -323,8 +326,11 @@ class Recipe(Section):
             for key, value in differs.items()
             if value
         ]
-        if self.distill is not None:
-            problems.append("distill and reward are both set: a run learns from one of them")
+        problems += [
+            f"{name} and reward are both set: a run learns from one of them"
+            for name in ("distill", "preference")
+            if getattr(self, name) is not None
+        ]
         if not self.data.mask_prompt:
             problems.append("data.mask_prompt=false leaves no question to answer: reward needs one")
         if reward.beta and self.trains_weights:

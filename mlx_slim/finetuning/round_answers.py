@@ -30,6 +30,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, field, library_errors, parse_json, read_object, short
 
 ANSWERS, ABOUT, COMPLETE, TIMES = "answers.jsonl", "about.json", "complete.json", "times.json"
+REWARDS = "rewards.jsonl"  # of the answers to each question, a line each
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SampledAnswer:
         number: Of the answer among those of the row in this round.
         prompt: As text.
         text: The answer as text, without special tokens.
-        stop_reason: ``eos``, or ``length`` where it ran into its limit.
+        stop_reason: ``eos``, ``until``, or ``length`` where it ran into its limit.
         ids: Token ids that were drawn, the stop token included.
         log_probs: Of ``ids`` when they were drawn, nats; None where nobody wants them.
     """
@@ -67,7 +68,7 @@ class RoundFolder:
     def __init__(self, path: Path, about: JsonObject, chunk: int) -> None:
         self.path, self.chunk = path, chunk
         about = json.loads(json.dumps(about))
-        files = (ANSWERS, COMPLETE, TIMES, ABOUT)
+        files = (ANSWERS, COMPLETE, TIMES, REWARDS, ABOUT)
         changed = (path / ABOUT).is_file() and read_json(path / ABOUT) != about
         if changed and not remove_folder(path, files):
             raise SlimError(f"{short(path)} holds files that belong to no round", "move them away")

@@ -57,11 +57,13 @@ class RoundScorer(Protocol):
         fraction: Of the micro-batches, how many learn from answers.
         answers: To each prompt.
         log_probs: Whether answers are stored with the log-probabilities of their tokens.
+        until: Texts that end an answer.
     """
 
     fraction: float
     answers: int
     log_probs: bool
+    until: Sequence[str]
 
     def place(self, prediction: Prediction, budget: int, observer: events.Observer) -> Prediction:
         """Decide what else is in memory beside the run; return its cost with that."""
@@ -284,6 +286,7 @@ class AnswerRounds:
             [max(1, min(self._config.max_tokens, self._length - len(p))) for p in prompts],
             batch_size=batch_size,
             cache_bytes=max(1, self._budget - mx.get_active_memory()),
+            stops=self._scorer.until,
             sampling=Sampling(self._config.temperature, self._config.top_p),
             keys=[(self._train.seed, step // self.steps, *request) for request in requests],
             log_probs=self._scorer.log_probs,
