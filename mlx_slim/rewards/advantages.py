@@ -10,7 +10,8 @@ n_i tokens, and a round of N' tokens in R' answers, w and Σ share are
     dr_grpo   1       R·max_tokens         a length that no answer changes (arXiv 2503.20783)
     dapo      1       N'·R/R'              the mean over tokens of the round (arXiv 2503.14476)
 
-Answers that are masked count in R and R', not in N and N'. Legend: A answers of a round. Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
+Answers that are masked count in R and R', not in N and N'. Legend: A answers of a round. Try it:
+``mlx-slim train smollm2-grpo -o runs/grpo``.
 """
 
 from __future__ import annotations
