@@ -22,6 +22,7 @@ from mlx_slim.config import library
 from mlx_slim.config.aliases import MATRIX, RECIPE, Aliases, current_path, rename
 from mlx_slim.config.problems import Keys, Origins, Words, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
+from mlx_slim.config.reward import RewardSource
 from mlx_slim.config.schema import Recipe, Section
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import MAX_DEPTH, JsonObject, exists, short, shown
@@ -36,24 +37,6 @@ _RIVALS: dict[Keys, Keys] = {
     ("train", "steps"): ("train", "epochs"),
     ("train", "epochs"): ("train", "steps"),
 }
-
-
-@dataclass(frozen=True)
-class RewardSource:
-    """A function that scores answers: on the command line, for it is run (``--reward``).
-
-    Attributes:
-        function: ``FILE.py:FUNCTION``.
-        sha256: Of the file.
-    """
-
-    function: str
-    sha256: str
-
-    @property
-    def same(self) -> tuple[str, str]:
-        """What a resume must match: the file may have moved."""
-        return self.function.rpartition(":")[2], self.sha256
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ TRL's. A recipe without the section is a fine-tune. Try it:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -68,3 +69,21 @@ class RewardConfig(Section):
         if self.scale_rewards is None:
             return self.loss_type != "dr_grpo"
         return self.scale_rewards == "group"
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """A function that scores answers: on the command line, for it is run (``--reward``).
+
+    Attributes:
+        function: ``FILE.py:FUNCTION``.
+        sha256: Of the file.
+    """
+
+    function: str
+    sha256: str
+
+    @property
+    def same(self) -> tuple[str, str]:
+        """What a resume must match: the file may have moved."""
+        return self.function.rpartition(":")[2], self.sha256

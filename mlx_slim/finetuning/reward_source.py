@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_slim.config.load import RewardSource
+from mlx_slim.config.reward import RewardSource
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, library_errors, read_object, short
 

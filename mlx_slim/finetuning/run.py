@@ -378,7 +378,6 @@ def _record(
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
         **({"extended": asdict(extended)} if extended else {}),
-        **({"reward": asdict(resolved.reward)} if resolved.reward else {}),
         **strategy.record(),
         "result": {
             "done": asdict(result.done),

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
-from mlx_slim.config.load import COMMAND_LINE, Resolved, RewardSource
+from mlx_slim.config.load import COMMAND_LINE, Resolved
+from mlx_slim.config.reward import RewardSource
 from mlx_slim.config.schema import Recipe
 from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals

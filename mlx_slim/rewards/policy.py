@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -35,6 +36,7 @@ from mlx_slim.finetuning.round_answers import REWARDS, Round
 from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.finetuning.task_metric import TaskMetric
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.planner.memory import Prediction
 from mlx_slim.reading import JsonObject, library_errors, parse_json, short
 from mlx_slim.rewards.advantages import advantages, alike, spread
 from mlx_slim.rewards.losses import PolicyLoss
@@ -66,7 +68,8 @@ class PolicyScorer:
 
     def __init__(self, config: RewardConfig, rounds: RoundsConfig, reward: Reward) -> None:
         self.config, self.rounds, self.reward = config, rounds, reward
-        self.answers, self.until = config.group_size, tuple(reward.until)
+        self.answers = config.group_size
+        self.until: Sequence[str] = reward.until
         self.rows: list[ScoredRow] = []
         self.reference: ReferenceModel | None = None
         self.batch_tokens, self.vocabulary, self.chunk = 0, 0, None
@@ -74,8 +77,17 @@ class PolicyScorer:
         self.columns = RoundColumns(_NOTHING, _NOTHING, _NOTHING, _NOTHING, empty)
         self._rewards_A = _NOTHING
 
-    def place(self, training_bytes: int, budget: int, observer: events.Observer) -> None:
-        """Nothing else is in memory: the reference is the model with other adapters."""
+    def place(self, prediction: Prediction, budget: int, observer: events.Observer) -> Prediction:
+        """Return the cost of the run with what the reference keeps: adapters of the start."""
+        more = 0 if self.reference is None else self.reference.nbytes
+        breakdown = prediction.breakdown
+        peak = prediction.predicted_peak_bytes + more
+        return replace(
+            prediction,
+            predicted_peak_bytes=peak,
+            breakdown={**breakdown, "weights": breakdown.get("weights", 0) + more},
+            fits=peak <= prediction.budget_bytes,
+        )
 
     def score_alone(self, observer: events.Observer) -> bool:
         """Return True: everything is done with the model in memory."""
@@ -260,5 +272,6 @@ class PolicyStrategy:
         )
 
     def record(self) -> JsonObject:
-        """Return nothing: the recipe, and the function of the command line, describe it."""
-        return {}
+        """Return the function of the command line; the recipe describes the rest."""
+        source = self.reward.source
+        return {} if source is None else {"reward": asdict(source)}

@@ -36,6 +36,11 @@ class ReferenceModel:
         self._start = trainable(model)
         mx.eval(self._start)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(value.nbytes for value in self._start.values())
+
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Give ``model`` the parameters of the start for a while."""

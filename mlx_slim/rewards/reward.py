@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, final
 
-from mlx_slim.config.load import RewardSource
-from mlx_slim.config.reward import RewardConfig
+from mlx_slim.config.reward import RewardConfig, RewardSource
 from mlx_slim.data.lines import one_line
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
@@ -52,11 +51,13 @@ class Reward(Protocol):
         name: In messages and records.
         until: Texts that end an answer.
         tasks: Whose test questions may not be rows.
+        source: The function that it is; None for a task's metric.
     """
 
     name: str
-    until: Sequence[str]
-    tasks: Sequence[Task]
+    until: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    source: RewardSource | None
 
     def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return the reward of each answer to the question of ``row``.
@@ -75,6 +76,8 @@ class TaskReward:
         SlimError: If the task has no such metric of a written answer.
     """
 
+    source: RewardSource | None = None
+
     def __init__(self, name: str, metric: str | None = None) -> None:
         task = find_task(name)
         if task.kind != "generation":
@@ -89,8 +92,8 @@ class TaskReward:
             )
         self.task, self.metric = task, metric or first_metric(task.metrics)
         self.name = f"{task.name}, {self.metric}"
-        self.until = task.spec.until
-        self.tasks = [task]
+        self.until = tuple(task.spec.until)
+        self.tasks: tuple[Task, ...] = (task,)
 
     def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return 1 for each right answer, 0 for the others."""
@@ -116,8 +119,8 @@ class FunctionReward:
         SlimError: If the file does not run, or has no such function.
     """
 
-    until: Sequence[str] = ()
-    tasks: Sequence[Task] = ()
+    until: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
 
     def __init__(self, spec: str) -> None:
         file, colon, function = spec.rpartition(":")
@@ -125,7 +128,7 @@ class FunctionReward:
             raise SlimError(
                 f"--reward {spec} names no function", "expected FILE.py:FUNCTION, as in score.py:f"
             )
-        self.name = f"{Path(file).name}:{function}"
+        self.spec, self.name = spec, f"{Path(file).name}:{function}"
         try:
             source = Path(file).expanduser().read_bytes()
         except OSError as error:
@@ -133,7 +136,7 @@ class FunctionReward:
                 f"--reward {spec}: {file} cannot be read: {error.strerror or error}",
                 "expected FILE.py:FUNCTION, as in score.py:f",
             ) from error
-        self.source = RewardSource(spec, hash_bytes(source))
+        self.source: RewardSource | None = RewardSource(spec, hash_bytes(source))
         self._function = _load(Path(file), source, function)
 
     def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
@@ -231,7 +234,7 @@ def reward_of(config: RewardConfig, function: FunctionReward | None) -> Reward:
         return function
     if function is not None:
         raise SlimError(
-            f"--reward {function.source.function} and reward.task={config.task} are both given",
+            f"--reward {function.spec} and reward.task={config.task} are both given",
             "keep one: reward.task=null takes the function",
         )
     return TaskReward(config.task, config.metric)

@@ -58,12 +58,8 @@ def step(
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_cut_gives_one_loss_and_gradient(tiny: TinyModels, loss_type: LossType) -> None:
     plain = step(tiny(), loss_type, SEPARATE)
-    for way in (
-        {"plan": GROUPED},
-        {"plan": GROUPED, "num_threads": 2},
-        {"plan": PACKED, "isolate": True, "num_threads": 3},
-    ):
-        ours = step(tiny(), loss_type, **way)
+    for plan, isolate, num_threads in ((GROUPED, False, 1), (GROUPED, False, 2), (PACKED, True, 3)):
+        ours = step(tiny(), loss_type, plan, isolate=isolate, num_threads=num_threads)
         assert _differing(ours, plain) == []
         assert ours.metrics == pytest.approx(plain.metrics, rel=1e-4)
     assert plain.metrics["clip_low"] > 0 and plain.metrics["clip_high"] > 0

@@ -103,11 +103,16 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def test_it_learns_what_is_rewarded(tiny: TinyModels, tmp_path: Path, reward: str) -> None:
-    values = resolved(tiny(), tmp_path).recipe.model_dump(exclude_unset=True)
-    values["train"] |= {"steps": 24, "save_every": 100, "validate_every": 100}
-    values["rounds"]["steps"] = 1
+    settings = {"steps": 16, "batch_tokens": 128, "max_length": 128, "learning_rate": 1e-2}
+    recipe = resolved(
+        tiny(),
+        tmp_path,
+        method="full",
+        rounds={"steps": 1, "max_tokens": 6},
+        train={**settings, "schedule": "constant"},
+    )
     recorder = Recorder()
-    train(from_values(values, "s", "t"), tmp_path / "run", observer=recorder, reward=reward)
+    train(recipe, tmp_path / "run", observer=recorder, reward=reward)
     means = [one["metrics"]["reward"] for one in rounds_of(recorder)]
     assert np.mean(means[-4:]) > np.mean(means[:4]) + 0.15, means
 

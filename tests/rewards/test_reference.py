@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -71,7 +72,9 @@ def test_the_sampler_knows_the_probabilities_of_the_trainer(
 
 
 @pytest.mark.parametrize("init", ["standard", "pissa"])
-def test_the_reference_is_the_model_with_the_adapter_off(tiny: TinyModels, init: str) -> None:
+def test_the_reference_is_the_model_with_the_adapter_off(
+    tiny: TinyModels, init: Literal["standard", "pissa"]
+) -> None:
     folder: Path = tiny()
     model = load(folder, dtype=mx.float32).model
     rows = MemoryRows([9, 14, 20, 7])
