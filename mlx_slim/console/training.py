@@ -77,6 +77,8 @@ def _short_metrics(metrics: dict[str, float] | None) -> str:
 
 
 def _figure(event: TaskValidated) -> str:
+    if event.metric == "reward":  # any number, where a function gives it
+        return f"reward {event.value:.4g}"
     return f"{event.metric} {event.value:.1%}"
 
 
@@ -106,6 +108,7 @@ class TrainingProgress:
         self.best_task: TaskValidated | None = None
         self.forgetting: ForgettingMeasured | None = None
         self.round: RoundBegun | None = None
+        self.rewards: list[float] = []  # the mean of each round
         self.saved: Saved | Resumed | None = None
         self.done: Done | None = None
         self.smoothed = math.nan
@@ -135,6 +138,8 @@ class TrainingProgress:
                 self.forgetting = event
             case RoundBegun():
                 self.round = event
+                if "reward" in (event.metrics or {}):
+                    self.rewards.append((event.metrics or {})["reward"])
             case Saved() | Resumed():
                 self.saved = event
             case StageProgress(stage="validating"):
@@ -294,6 +299,15 @@ class TrainingView:
             ("saved", saved),
             ("gradient norm", f"{step.grad_norm:.3f}" if step else "–"),
         ]
+        if p.round and p.rewards:
+            figures = p.round.metrics or {}
+            curve = sparkline(p.rewards, max(0, width // 2 - 60 if wide else width - 60))
+            cells[0] = (
+                "reward",
+                f"{figures['reward']:.3f}  spread {figures['reward_std']:.3f}  "
+                f"{figures['frac_reward_zero_std']:.0%} of groups alike  {curve}",
+            )
+            cells[2] = ("policy", _metrics(step.metrics).strip(" ()") if step else "–")
         per_row = 2 if wide else 1
         table = Table.grid(expand=True, padding=(0, 1))
         for _ in range(per_row):

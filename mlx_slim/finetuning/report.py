@@ -24,6 +24,7 @@ from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
 from mlx_slim.finetuning.round_curves import round_charts
+from mlx_slim.finetuning.policy_charts import policy_charts, reward_curve
 from mlx_slim.finetuning.reward_source import reward_source
 from mlx_slim.finetuning.run_dir import (
     ANSWERS_FILE,
@@ -142,7 +143,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         "folder": str(out),
         "status": status,
         "recipe": recipe,
-        "headline": _headline(status, steps, validations, started),
+        "headline": _headline(status, steps, validations, started, reward_curve(rounds)),
         "last": last,
         "total_steps": started.get("total_steps") if started else None,
         "best": min(
@@ -158,6 +159,7 @@ def _values(out: Path, record: Mapping[str, Any] | None) -> JsonObject:
         "charts": [
             *_charts(steps, validations, tasks, predicted, started, loss_title(recipe)),
             *preference_charts(steps, validations),
+            *policy_charts(steps),
             *round_charts(rounds, result["done"]["seconds"] if result else None),
         ],
         "memory": _memory(steps, result, predicted, started),
@@ -183,6 +185,7 @@ def _headline(
     steps: Sequence[Mapping[str, Any]],
     validations: Sequence[Mapping[str, Any]],
     started: Mapping[str, Any] | None,
+    rewards: Sequence[tuple[float, float]],
 ) -> str:
     """Return what happened, in a sentence."""
     if not steps:
@@ -195,6 +198,9 @@ def _headline(
         means = smooth([(event["step"], event["loss"]) for event in steps]) or [(0, math.nan)]
         first, last = means[0][1], means[-1][1]
     where = {"complete": "after", "running": "so far, after", "stopped": "when it stopped, after"}
+    if rewards:
+        begin, end = rewards[0][1], rewards[-1][1]
+        return f"Mean reward {begin:.3f} → {end:.3f} {where[status]} {took}."
     change = f" ({last / first - 1:+.0%})".replace("-", "−") if first else ""
     return f"{word} loss {first:.3f} → {last:.3f}{change} {where[status]} {took}."
 

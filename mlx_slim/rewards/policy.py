@@ -248,9 +248,9 @@ class PolicyStrategy:
             rewards = [
                 self.reward(row, [answer])[0] for row, answer in zip(rows, answers, strict=True)
             ]
-            return {"metric": "reward", "value": float(np.mean(rewards))}
+            return {"metric": self.reward.metric, "value": float(np.mean(rewards))}
 
-        identity = hash_json([self.reward.name, [row.place for row in rows]])
+        identity = hash_json([self.reward.name, self.reward.metric, [row.place for row in rows]])
         return TaskMetric(self.reward.name, len(rows), measure, identity)
 
     def objectives(

@@ -52,12 +52,14 @@ class Reward(Protocol):
         until: Texts that end an answer.
         tasks: Whose test questions may not be rows.
         source: The function that it is; None for a task's metric.
+        metric: What the mean over rows is called; ``reward`` may be any number.
     """
 
     name: str
     until: tuple[str, ...]
     tasks: tuple[Task, ...]
     source: RewardSource | None
+    metric: str
 
     def __call__(self, row: ScoredRow, answers: Sequence[DrawnAnswer]) -> list[float]:
         """Return the reward of each answer to the question of ``row``.
@@ -91,7 +93,7 @@ class TaskReward:
                 did_you_mean(metric, task.metrics),
             )
         self.task, self.metric = task, metric or first_metric(task.metrics)
-        self.name = f"{task.name}, {self.metric}"
+        self.name = task.name
         self.until = tuple(task.spec.until)
         self.tasks: tuple[Task, ...] = (task,)
 
@@ -121,6 +123,7 @@ class FunctionReward:
 
     until: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = ()
+    metric = "reward"
 
     def __init__(self, spec: str) -> None:
         file, colon, function = spec.rpartition(":")
@@ -176,8 +179,8 @@ class FunctionReward:
         except Exception:
             number = math.nan
         if not math.isfinite(number):
-            shown = one_line(repr(value))[:60]
-            raise self._wrong(row, f"the reward is {shown}", "expected a finite number")
+            seen = " ".join(repr(value).split())[:60]
+            raise self._wrong(row, f"the reward is {seen}", "expected a finite number")
         return number
 
     def _wrong(self, row: ScoredRow, what: str, hint: str) -> SlimError:

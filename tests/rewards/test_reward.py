@@ -46,7 +46,7 @@ def test_a_function_is_called_as_by_trl(tmp_path: Path) -> None:
     return [len(text) for text in completions]"""
     reward = FunctionReward(written(tmp_path, body))
     assert reward(ROW, ANSWERS) == [len(answer.text) for answer in ANSWERS]
-    assert reward.source.sha256 == hash_file(tmp_path / "score.py")
+    assert reward.source and reward.source.sha256 == hash_file(tmp_path / "score.py")
 
 
 def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
