@@ -21,6 +21,7 @@ RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
 	mistral-lora mistral-qlora llama2-lora llama2-qlora \
 	smollm2-full smollm2-lora smollm2-qlora smollm2-dora smollm2-qat distill-smollm2 distill-on-policy-smollm2 \
 	smollm2-dpo smollm2-orpo smollm2-kto tinyllama-dpo mistral-dpo \
+	smollm2-grpo qwen-coder-grpo \
 	sweep-smollm2-lora \
 	tailored-arc-easy tailored-arc-challenge tailored-openbookqa tailored-hellaswag \
 	tailored-pubmedqa tailored-bioasq \

@@ -72,7 +72,8 @@ class PolicyScorer:
         self.until: Sequence[str] = reward.until
         self.rows: list[ScoredRow] = []
         self.reference: ReferenceModel | None = None
-        self.batch_tokens, self.vocabulary, self.chunk = 0, 0, None
+        self.batch_tokens, self.vocabulary = 0, 0
+        self.chunk: int | None = None
         empty = _NOTHING if config.beta else None
         self.columns = RoundColumns(_NOTHING, _NOTHING, _NOTHING, _NOTHING, empty)
         self._rewards_A = _NOTHING

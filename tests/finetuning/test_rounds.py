@@ -40,6 +40,7 @@ class OfAnswers:
 
     targets = None
     log_probs = True
+    until = ()
 
     def __init__(self, fraction: float = 1.0, answers: int = 2, alone: bool = False) -> None:
         plain = CrossEntropyStrategy()

@@ -16,12 +16,13 @@ from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS, model_config
 from tests.support.tiny import TinyModels
 
-# Those on Alpaca; recipes on tasks: test_task_recipes.py, on pairs: test_preference_recipes.py.
+# Those on Alpaca; recipes on tasks: test_task_recipes.py, on pairs: test_preference_recipes.py,
+# with rewards: test_reward_recipes.py.
 NAMES = [
     name
     for name in library.names("recipes")
     if not name.startswith(("tailored-", "tinyllm-", "sweep-"))
-    and not name.endswith(("-dpo", "-orpo", "-kto"))
+    and not name.endswith(("-dpo", "-orpo", "-kto", "-grpo"))
 ]
 DISTILLED = [name for name in NAMES if name.startswith("distill-")]
 TUNED = [name for name in NAMES if name not in DISTILLED]
