@@ -133,7 +133,8 @@ def record_of(config: ModelConfig) -> JsonObject:
 def _children(module: nn.Module, layers: Any) -> JsonObject:
     result: JsonObject = {}
     for name, child in module.items():
-        if child is layers:
+        # A class that can be pipelined returns its layers as a copy of the list.
+        if isinstance(child, list) and child and [*map(id, child)] == [*map(id, layers)]:
             result[name] = []
         elif isinstance(child, nn.Module) and child.parameters():
             result[name] = _child(child, layers)
