@@ -43,7 +43,7 @@ class RewardConfig(Section):
         mask_truncated: Learn nothing from answers that were cut at ``rounds.max_tokens`` (TRL's
             ``mask_truncated_completions``).
         redraws: How often the answers to a question are drawn again while they all score alike
-            (DAPO's dynamic sampling); such a group teaches nothing, and is counted.
+            (DAPO's dynamic sampling); nothing is learned from such a group, and is counted.
     """
 
     task: str | None = None

@@ -1,9 +1,9 @@
 """Advantages of answers from their rewards, and how the four losses weigh tokens and steps.
 
 Invariant: an advantage depends on the rewards of its group alone. A step's loss is
-Σ w·L / Σ share over all its micro-batches, with one share an answer, never a mean of means: the
+Σ w·L / Σ d over all its micro-batches, with one d an answer, never a mean of means: the
 same answers in other micro-batches give the same loss. Over a step with N tokens in R answers of
-n_i tokens, and a round of N' tokens in R' answers, w and Σ share are
+n_i tokens, and a round of N' tokens in R' answers, w and Σ d are
 
     grpo      1/n_i   R                    the mean over answers of each answer's mean
     bnpo      1       N                    the mean over tokens
@@ -57,7 +57,7 @@ def token_weights(loss_type: LossType, tokens_A: np.ndarray) -> np.ndarray:
     return np.ones(len(tokens_A), np.float32)
 
 
-def shares(
+def divisors(
     loss_type: LossType, tokens_A: np.ndarray, learned_A: np.ndarray, max_tokens: int
 ) -> np.ndarray:
     """Return what each answer adds to the divisor of its step, float64 (A,).
@@ -68,8 +68,8 @@ def shares(
         learned_A: Whether an answer is learned from; the others are masked.
         max_tokens: Longest answer.
     """
-    kept_A = (tokens_A * learned_A).astype(np.float64)
+    counted_A = (tokens_A * learned_A).astype(np.float64)
     if loss_type == "bnpo":
-        return kept_A
-    each = {"grpo": 1.0, "dr_grpo": float(max_tokens), "dapo": kept_A.sum() / len(kept_A)}
-    return np.full(len(kept_A), each[loss_type])
+        return counted_A
+    each = {"grpo": 1.0, "dr_grpo": float(max_tokens), "dapo": counted_A.sum() / len(counted_A)}
+    return np.full(len(counted_A), each[loss_type])

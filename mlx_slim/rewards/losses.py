@@ -64,17 +64,17 @@ class PolicyLoss:
         ratio_C = mx.exp(logp_C - old_C)
         low_C = (ratio_C < 1 - self.low) & (advantage_C < 0)
         high_C = (ratio_C > 1 + self.high) & (advantage_C > 0)
-        kept_C = mx.clip(ratio_C, 1 - self.low, 1 + self.high)
-        loss_C = -mx.minimum(ratio_C * advantage_C, kept_C * advantage_C)
-        slope_C = mx.where(low_C | high_C, 0.0, -ratio_C * advantage_C)
+        clipped_C = mx.clip(ratio_C, 1 - self.low, 1 + self.high)
+        loss_C = -mx.minimum(ratio_C * advantage_C, clipped_C * advantage_C)
+        by_logp_C = mx.where(low_C | high_C, 0.0, -ratio_C * advantage_C)
         if not self.beta:
-            return loss_C, slope_C, [mx.zeros_like(loss_C), low_C, high_C]
+            return loss_C, by_logp_C, [mx.zeros_like(loss_C), low_C, high_C]
         gap_C = reference[0] - logp_C
         k3_C = mx.exp(gap_C) - gap_C - 1
         by_k3_C, kl_C = 1 - mx.exp(gap_C), k3_C
         if self.bias_correction:
             by_k3_C, kl_C = ratio_C * (k3_C + by_k3_C), ratio_C * k3_C
-        return loss_C + self.beta * kl_C, slope_C + self.beta * by_k3_C, [kl_C, low_C, high_C]
+        return loss_C + self.beta * kl_C, by_logp_C + self.beta * by_k3_C, [kl_C, low_C, high_C]
 
     def _sums(
         self, loss_C: mx.array, weight_C: mx.array, more: list[mx.array], entropy_C: mx.array
@@ -90,11 +90,11 @@ class PolicyLoss:
         scaled_CV = logits_CV.astype(mx.float32) / self.temperature
         total_C1 = logsumexp(scaled_CV)
         logp_C = (mx.take_along_axis(scaled_CV, targets_C[:, None], axis=-1) - total_C1)[:, 0]
-        loss_C, slope_C, more = self._terms(
+        loss_C, by_logp_C, more = self._terms(
             mx.stop_gradient(logp_C), (old_C, advantage_C, *reference)
         )
-        # Of this value and slope; autodiff of the minimum would halve it where both are equal.
-        loss_C = loss_C + slope_C * (logp_C - mx.stop_gradient(logp_C))
+        # Of this value and derivative; autodiff of the minimum would halve it where both are equal.
+        loss_C = loss_C + by_logp_C * (logp_C - mx.stop_gradient(logp_C))
         centred_CV = mx.stop_gradient(scaled_CV - total_C1)
         entropy_C = -row_sums(exp(centred_CV) * centred_CV)[:, 0]
         return self._sums(loss_C, weight_C, more, entropy_C)
@@ -112,7 +112,7 @@ class PolicyLoss:
         total_C1 = row_sums(exp_CV)
         logp_C = (target_C1 - peak_C1 - mx.log(total_C1))[:, 0]
         entropy_C = (mx.log(total_C1) - row_sums(exp_CV * shifted_CV) / total_C1)[:, 0]
-        loss_C, slope_C, more = self._terms(logp_C, (old_C, advantage_C, *reference))
-        label_weight_C = -weight_C * slope_C / self.temperature
+        loss_C, by_logp_C, more = self._terms(logp_C, (old_C, advantage_C, *reference))
+        label_weight_C = -weight_C * by_logp_C / self.temperature
         gradient = LogitsGradient(exp_CV, total_C1, label_weight_C, targets_C, label_weight_C)
         return self._sums(loss_C, weight_C, more, entropy_C), gradient

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_slim.config.reward import LossType
 from mlx_slim.data.batches import Batch
-from mlx_slim.rewards.advantages import shares, token_weights
+from mlx_slim.rewards.advantages import divisors, token_weights
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
 from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays
 
@@ -30,14 +30,14 @@ class RoundColumns:
         old_S: Its log-probability when it was drawn, float32.
         advantage_S: Of its answer, float32.
         weight_S: In the loss, float32; 0 in an answer that is masked.
-        share_S: What it adds to the divisor of its step, float64.
+        divisor_S: What it adds to the divisor of its step, float64.
         reference_S: Its log-probability under the reference, float32; None without one.
     """
 
     old_S: np.ndarray
     advantage_S: np.ndarray
     weight_S: np.ndarray
-    share_S: np.ndarray
+    divisor_S: np.ndarray
     reference_S: np.ndarray | None = None
 
     @classmethod
@@ -62,13 +62,13 @@ class RoundColumns:
             old_S: Log-probability of each token when it was drawn, answer after answer.
             reference_S: Under the reference.
         """
-        share_A = shares(loss_type, tokens_A, learned_A, max_tokens) / tokens_A
+        divisor_A = divisors(loss_type, tokens_A, learned_A, max_tokens) / tokens_A
         weight_A = token_weights(loss_type, tokens_A) * learned_A
         return cls(
             old_S.astype(np.float32),
             np.repeat(advantage_A.astype(np.float32), tokens_A),
             np.repeat(weight_A, tokens_A),
-            np.repeat(share_A, tokens_A),
+            np.repeat(divisor_A, tokens_A),
             None if reference_S is None else reference_S.astype(np.float32),
         )
 
@@ -98,12 +98,12 @@ class PolicyObjective(CrossEntropy):
         self._columns = columns
 
     def divisors(self, batch: Batch) -> Sequence[float]:
-        """Return the answers' shares for the loss, and for each metric the tokens not masked."""
+        """Return what its answers add to the loss's divisor, then the tokens that are not masked."""
         columns, real_N = self._columns(), batch.sources_N[batch.sources_N >= 0]
         if not len(real_N):  # a batch for measuring
             return [1.0] * (1 + len(self.metrics))
         tokens = float(np.count_nonzero(columns.weight_S[real_N]))
-        return [float(columns.share_S[real_N].sum()), *[tokens] * len(self.metrics)]
+        return [float(columns.divisor_S[real_N].sum()), *[tokens] * len(self.metrics)]
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays``, then old log-probabilities, advantages, weights, reference.
@@ -121,5 +121,5 @@ class PolicyObjective(CrossEntropy):
         if batch.weights_N is not None:
             weight_N = weight_N * mx.array((batch.weights_N > 0).astype(np.float32))
         reference = [] if columns.reference_S is None else [of(columns.reference_S)]
-        known = of(columns.old_S), of(columns.advantage_S)
-        return (*batch_arrays(batch), *known, weight_N, *reference)
+        policy = of(columns.old_S), of(columns.advantage_S)
+        return (*batch_arrays(batch), *policy, weight_N, *reference)

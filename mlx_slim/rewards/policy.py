@@ -183,7 +183,7 @@ class PolicyStrategy:
         self._say = say
 
     def check(self, recipe: Recipe) -> None:
-        """Accept every recipe: its sections were checked together."""
+        """Accept every recipe: its sections were checked."""
 
     def rows(self, recipe: Recipe, tuned: Tuned, out: Path, *, unchanged: bool) -> Prepared:
         """Return the rows; refuse questions of a test; take the reference from the model.

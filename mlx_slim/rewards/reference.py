@@ -71,7 +71,7 @@ def drawn_log_probs(
     """
     split = structure.split(model, vocabulary)
     size = chunk_size(split.head.vocabulary if split else vocabulary, chunk, 1)
-    known_S = np.zeros(int(batcher.rows.supervised.sum()), np.float32)
+    log_probs_S = np.zeros(int(batcher.rows.supervised.sum()), np.float32)
     training = model.training
     model.eval()
     try:
@@ -79,15 +79,15 @@ def drawn_log_probs(
             batch = batcher.batch(groups)
             tokens_BT, positions_N, targets_N, segments_BT = batch_arrays(batch)
             rows_NX = supervised_rows(model, split, tokens_BT, positions_N, segments_BT)
-            known: list[mx.array] = []
+            chunks: list[mx.array] = []
             for start in range(0, rows_NX.shape[0], size):
                 rows_CX = rows_NX[start : start + size]
                 logits_CV = split.head(rows_CX) if split else rows_CX
                 scaled_CV = logits_CV.astype(mx.float32) / temperature
-                known.append(-token_nll(scaled_CV, targets_N[start : start + size]))
-                mx.eval(known[-1])
+                chunks.append(-token_nll(scaled_CV, targets_N[start : start + size]))
+                mx.eval(chunks[-1])
             real_N = batch.sources_N >= 0
-            known_S[batch.sources_N[real_N]] = np.array(mx.concatenate(known))[real_N]
+            log_probs_S[batch.sources_N[real_N]] = np.array(mx.concatenate(chunks))[real_N]
     finally:
         model.train(training)
-    return known_S
+    return log_probs_S

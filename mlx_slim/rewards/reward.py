@@ -151,14 +151,16 @@ class FunctionReward:
             prompts = [row.messages] * len(answers)
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         fields = {"answer": row.answer, **row.fields}
-        kept = {name: [value] * len(answers) for name, value in fields.items() if name not in _OWN}
+        columns = {
+            name: [value] * len(answers) for name, value in fields.items() if name not in _RESERVED
+        }
         try:
             values = list(
                 self._function(
                     prompts=prompts,
                     completions=completions,
                     completion_ids=[list(answer.ids) for answer in answers],
-                    **kept,
+                    **columns,
                 )
             )
         except Exception as error:  # a user's function can raise anything
@@ -188,7 +190,7 @@ class FunctionReward:
 
 
 # Arguments of every function: a field of that name is not passed.
-_OWN = ("prompt", "prompts", "completion", "completions", "completion_ids", "messages")
+_RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids", "messages")
 _SIGNATURE = "it is called as f(prompts, completions, completion_ids, answer, **fields)"
 
 
@@ -206,10 +208,10 @@ def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = [key for key, value in vars(module).items() if isinstance(value, _FUNCTION)]
+        functions = [key for key, value in vars(module).items() if isinstance(value, _FUNCTION)]
         raise SlimError(
             f"--reward {file}: no function is called {name!r}",
-            did_you_mean(name, known) if known else "the file defines no function",
+            did_you_mean(name, functions) if functions else "the file defines no function",
         )
     return function
 

@@ -93,14 +93,14 @@ def read_scored_rows(
 
 
 def _scored(place: str, example: Example, fields: JsonObject) -> ScoredRow:
-    *asked, answer = example.messages or [{"role": "", "content": ""}]
-    if not any(message["role"] == "user" for message in asked):
+    *prompt, answer = example.messages or [{"role": "", "content": ""}]
+    if not any(message["role"] == "user" for message in prompt):
         raise SlimError(
             f"{place}: a row of format {example.kind} asks nothing: expected a question and its "
             "answer",
             "rewards score answers to questions: give rows with prompt and completion, or messages",
         )
-    return ScoredRow(place, asked, answer["content"].strip(), fields, example.kind == "chat")
+    return ScoredRow(place, prompt, answer["content"].strip(), fields, example.kind == "chat")
 
 
 def _key(text: str) -> str:

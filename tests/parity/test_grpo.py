@@ -69,15 +69,15 @@ def trainers(
     tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[float], Any]]:
     """Return a function: temperature -> TRL's trainer of the tiny llama."""
-    made: dict[float, Any] = {}
+    by_temperature: dict[float, Any] = {}
     folder = tmp_path_factory.mktemp("hf") / "llama"
     export_hf(tiny(), folder)
 
     def get(temperature: float) -> Any:
-        if temperature not in made:
+        if temperature not in by_temperature:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-            made[temperature] = grpo.GRPOTrainer(
+            by_temperature[temperature] = grpo.GRPOTrainer(
                 model=str(folder),
                 reward_funcs=lambda completions, **_: [0.0] * len(completions),
                 args=trl.GRPOConfig(
@@ -98,8 +98,8 @@ def trainers(
                 train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 2),
                 processing_class=tokenizer,
             )
-            made[temperature].current_gradient_accumulation_steps = 1
-        return made[temperature]
+            by_temperature[temperature].current_gradient_accumulation_steps = 1
+        return by_temperature[temperature]
 
     yield get
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_slim.rewards.advantages import advantages, alike, shares, token_weights
+from mlx_slim.rewards.advantages import advantages, alike, divisors, token_weights
 
 
 def test_by_hand() -> None:
@@ -31,7 +31,7 @@ def test_weights_and_shares() -> None:
     assert token_weights("grpo", tokens).tolist() == [0.5, 0.125]
     assert token_weights("bnpo", tokens).tolist() == [1.0, 1.0]
     tokens, learned = np.array([2, 8, 16]), np.array([True, True, False])
-    assert shares("grpo", tokens, learned, 16).tolist() == [1.0, 1.0, 1.0]
-    assert shares("bnpo", tokens, learned, 16).tolist() == [2.0, 8.0, 0.0]
-    assert shares("dr_grpo", tokens, learned, 16).tolist() == [16.0, 16.0, 16.0]
-    assert shares("dapo", tokens, learned, 16).tolist() == pytest.approx([10 / 3] * 3)
+    assert divisors("grpo", tokens, learned, 16).tolist() == [1.0, 1.0, 1.0]
+    assert divisors("bnpo", tokens, learned, 16).tolist() == [2.0, 8.0, 0.0]
+    assert divisors("dr_grpo", tokens, learned, 16).tolist() == [16.0, 16.0, 16.0]
+    assert divisors("dapo", tokens, learned, 16).tolist() == pytest.approx([10 / 3] * 3)

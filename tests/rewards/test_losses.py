@@ -41,10 +41,12 @@ def plain(logits_NV: mx.array, token_loss: PolicyLoss, *columns: mx.array) -> mx
     log_probs = scaled - mx.logsumexp(scaled, axis=-1, keepdims=True)
     logp = mx.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
     ratio = mx.exp(logp - old)
-    kept = mx.clip(ratio, 1 - token_loss.low, 1 + token_loss.high)
+    clipped = mx.clip(ratio, 1 - token_loss.low, 1 + token_loss.high)
     # Of two equal branches autodiff takes half of each: inside the clips both have this gradient.
     loss = -mx.where(
-        ratio * advantage <= kept * advantage, ratio * advantage, mx.stop_gradient(kept * advantage)
+        ratio * advantage <= clipped * advantage,
+        ratio * advantage,
+        mx.stop_gradient(clipped * advantage),
     )
     if token_loss.beta:
         gap = reference[0] - logp
@@ -57,24 +59,24 @@ def plain(logits_NV: mx.array, token_loss: PolicyLoss, *columns: mx.array) -> mx
 def test_it_is_the_definition_with_gradient(token_loss: PolicyLoss) -> None:
     mx.random.seed(0)
     logits = 2 * mx.random.normal((N, V))
-    given = columns(logits, token_loss)
-    expected, by_logits = mx.value_and_grad(lambda q: plain(q, token_loss, *given))(logits)
-    sums, gradient = token_loss.value_and_gradient(logits, *given)
+    inputs = columns(logits, token_loss)
+    expected, by_logits = mx.value_and_grad(lambda q: plain(q, token_loss, *inputs))(logits)
+    sums, gradient = token_loss.value_and_gradient(logits, *inputs)
     assert sums.shape == (1 + len(METRICS),)
     assert to_float(sums[0]) == pytest.approx(to_float(expected), rel=1e-5)
     ours = gradient.by_hidden(mx.eye(V))
     assert mx.allclose(ours, by_logits, rtol=1e-4, atol=1e-6)
-    by_value = mx.grad(lambda q: token_loss.value(q, *given)[0])(logits)
+    by_value = mx.grad(lambda q: token_loss.value(q, *inputs)[0])(logits)
     assert mx.allclose(by_value, by_logits, rtol=1e-4, atol=1e-6)
-    assert mx.allclose(token_loss.value(logits, *given), sums, rtol=1e-5, atol=1e-5)
+    assert mx.allclose(token_loss.value(logits, *inputs), sums, rtol=1e-5, atol=1e-5)
 
 
 def test_metrics_are_sums_over_the_tokens_that_count() -> None:
     mx.random.seed(0)
     logits = 2 * mx.random.normal((N, V))
     token_loss = LOSSES[1]
-    given = columns(logits, token_loss)
-    targets, old, advantage, weight, reference = (np.array(one) for one in given)
+    inputs = columns(logits, token_loss)
+    targets, old, advantage, weight, reference = (np.array(one) for one in inputs)
     probs = np.array(mx.softmax(logits, axis=-1)).astype(np.float64)
     logp = np.log(probs[np.arange(N), targets])
     ratio, counted = np.exp(logp - old), weight > 0
@@ -84,7 +86,7 @@ def test_metrics_are_sums_over_the_tokens_that_count() -> None:
     gap = reference - logp
     kl = (ratio * (np.exp(gap) - gap - 1))[counted].sum()
     entropy = -(probs * np.log(probs)).sum(axis=1)[counted].sum()
-    sums = token_loss.value_and_gradient(logits, *given)[0]
+    sums = token_loss.value_and_gradient(logits, *inputs)[0]
     assert np.array(sums)[1:].tolist() == pytest.approx([kl, low, high, entropy], rel=1e-4)
 
 
@@ -93,12 +95,12 @@ def test_chunks_and_heads_give_the_same(kind: str) -> None:
     mx.random.seed(1)
     head, token_loss = _head(kind), LOSSES[1]
     hidden = mx.random.normal((N, D))
-    given = tuple(columns(head(hidden).astype(mx.float32), token_loss))
+    inputs = tuple(columns(head(hidden).astype(mx.float32), token_loss))
 
     def chunked(hidden: mx.array, chunk: int) -> mx.array:
-        return linear_loss(hidden, head, token_loss, given, chunk=chunk)[0]
+        return linear_loss(hidden, head, token_loss, inputs, chunk=chunk)[0]
 
-    whole = mx.value_and_grad(lambda h: token_loss.value(head(h), *given)[0])(hidden)
+    whole = mx.value_and_grad(lambda h: token_loss.value(head(h), *inputs)[0])(hidden)
     for chunk in (1, 3, N):
         value, gradient = mx.value_and_grad(lambda h, c=chunk: chunked(h, c))(hidden)
         assert to_float(value) == pytest.approx(to_float(whole[0]), rel=1e-4)
@@ -108,8 +110,8 @@ def test_chunks_and_heads_give_the_same(kind: str) -> None:
 def test_the_worked_example() -> None:
     """As in the module's docstring."""
     logits = mx.log(mx.array([[0.5, 0.5], [0.25, 0.75]]))
-    given = (mx.array([0, 1]), mx.log(mx.array([0.5, 0.5])), mx.ones(2), mx.ones(2))
-    sums, gradient = PolicyLoss().value_and_gradient(logits, *given)
+    inputs = (mx.array([0, 1]), mx.log(mx.array([0.5, 0.5])), mx.ones(2), mx.ones(2))
+    sums, gradient = PolicyLoss().value_and_gradient(logits, *inputs)
     assert to_float(sums[0]) == pytest.approx(-2.2)
     by_logits = gradient.by_hidden(mx.eye(2))
     assert np.array(by_logits).ravel().tolist() == pytest.approx([-0.5, 0.5, 0, 0], abs=1e-6)

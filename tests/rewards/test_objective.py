@@ -76,7 +76,7 @@ def test_the_divisor_of_a_whole_round(loss_type: LossType) -> None:
         "dapo": tokens,
     }[loss_type]
     columns = round_columns(loss_type)
-    assert columns.share_S.sum() == pytest.approx(expected)
+    assert columns.divisor_S.sum() == pytest.approx(expected)
     first = int(TOKENS[0])
     each = {"grpo": 1 / first}.get(loss_type, 1.0)
     assert columns.weight_S[:first].tolist() == pytest.approx([each] * first)

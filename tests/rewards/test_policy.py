@@ -233,7 +233,7 @@ def test_reward_and_recipe_belong_together(tiny: TinyModels, tmp_path: Path, rew
     plain = from_values(
         {"model": str(tiny()), "data": {"path": str(tmp_path / "rows.jsonl")}}, "small", "test"
     )
-    with pytest.raises(SlimError, match="learns from rewards"):
+    with pytest.raises(SlimError, match=r"has rewards \(reward:\)"):
         finetune(recipe, out, observer=Recorder())
     with pytest.raises(SlimError, match="draws none"):
         train(plain, out, observer=Recorder(), reward=reward)

@@ -59,10 +59,10 @@ def test_the_sampler_knows_the_probabilities_of_the_trainer(
     rows = Drawn(prompts, [one.drawn for one in answers])
     drawn = np.concatenate([one.log_probs or [] for one in answers])
     batcher = Batcher(rows, 64, 32, "grouped", 0)
-    known = drawn_log_probs(loaded.model, batcher, temperature, vocabulary=VOCAB, chunk=5)
-    assert np.abs(known - drawn).max() < 1e-5
+    computed = drawn_log_probs(loaded.model, batcher, temperature, vocabulary=VOCAB, chunk=5)
+    assert np.abs(computed - drawn).max() < 1e-5
     columns = RoundColumns.of(
-        "bnpo", 12, rows.supervised, np.ones(6, bool), np.ones(6), drawn, known
+        "bnpo", 12, rows.supervised, np.ones(6, bool), np.ones(6), drawn, computed
     )
     token_loss = PolicyLoss(beta=1.0, temperature=temperature)
     objective = PolicyObjective(token_loss, lambda: columns, loaded.model)
@@ -80,19 +80,19 @@ def test_the_reference_is_the_model_with_the_adapter_off(
     rows = MemoryRows([9, 14, 20, 7])
     batcher = Batcher(rows, 64, 32, "grouped", 0)
 
-    def known() -> np.ndarray:
+    def computed() -> np.ndarray:
         return drawn_log_probs(model, batcher, 1.0, vocabulary=VOCAB)
 
-    base = known()
+    base = computed()
     inject(model, AdapterConfig(rank=4, init=init), dora=False)
     reference = ReferenceModel(model)
     moved = {path: value + 0.05 for path, value in trainable(model).items()}
     set_trainable(model, moved)
-    now = known()
+    now = computed()
     assert np.abs(now - base).max() > 1e-2
     with reference.applied(model):
-        assert known() == pytest.approx(base, abs=1e-4)
-    assert (known() == now).all()
+        assert computed() == pytest.approx(base, abs=1e-4)
+    assert (computed() == now).all()
     if init == "standard":
         with without_adapters(model):
-            assert (known() == base).all()
+            assert (computed() == base).all()

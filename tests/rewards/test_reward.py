@@ -23,7 +23,7 @@ ROW = ScoredRow(
 ANSWERS = [Generation(text, [1, 2], "eos") for text in ("It is 4.\n#### 4", "4", "#### 5")]
 
 
-def written(tmp_path: Path, body: str) -> str:
+def score_file(tmp_path: Path, body: str) -> str:
     file = tmp_path / "score.py"
     file.write_text(f"def f(prompts, completions, **fields):\n    {body}\n")
     return f"{file}:f"
@@ -44,7 +44,7 @@ def test_a_function_is_called_as_by_trl(tmp_path: Path) -> None:
     assert fields["answer"][0].endswith("4") and fields["completion_ids"] == [[1, 2]] * 3
     assert not {"prompt", "completion"} & set(fields)
     return [len(text) for text in completions]"""
-    reward = FunctionReward(written(tmp_path, body))
+    reward = FunctionReward(score_file(tmp_path, body))
     assert reward(ROW, ANSWERS) == [len(answer.text) for answer in ANSWERS]
     assert reward.source and reward.source.sha256 == hash_file(tmp_path / "score.py")
 
@@ -53,7 +53,7 @@ def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
     body = """assert prompts[0][-1]["content"] == "2 + 2?"
     return [len(turns[0]["content"]) for turns in completions]"""
     row = ScoredRow(ROW.place, ROW.messages, ROW.answer, {"messages": []}, True)
-    assert FunctionReward(written(tmp_path, body))(row, ANSWERS)[1] == 1
+    assert FunctionReward(score_file(tmp_path, body))(row, ANSWERS)[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, body: str, text: str) -> None:
-    reward = FunctionReward(written(tmp_path, body))
+    reward = FunctionReward(score_file(tmp_path, body))
     with pytest.raises(SlimError) as raised:
         reward(ROW, ANSWERS)
     assert raised.value.message.startswith(text)
@@ -88,7 +88,7 @@ def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, body: str, text:
 def test_a_file_without_the_function_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, text: str
 ) -> None:
-    written(tmp_path, "return []")
+    score_file(tmp_path, "return []")
     (tmp_path / "broken.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SlimError, match=text):
@@ -96,7 +96,7 @@ def test_a_file_without_the_function_is_refused(
 
 
 def test_what_gives_the_reward_is_one_thing(tmp_path: Path) -> None:
-    function = FunctionReward(written(tmp_path, "return []"))
+    function = FunctionReward(score_file(tmp_path, "return []"))
     assert reward_of(RewardConfig(), function) is function
     with pytest.raises(SlimError, match="both given"):
         reward_of(RewardConfig(task="gsm8k"), function)

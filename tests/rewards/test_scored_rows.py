@@ -30,7 +30,7 @@ target: "{{ completion }}"
 """
 
 
-def written(file: Path, rows: list[dict[str, Any]]) -> Path:
+def rows_file(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -56,8 +56,8 @@ def test_row_i_is_row_i_of_the_store(tiny: TinyModels, tmp_path: Path) -> None:
     ]
     config = DataConfig(
         path=[
-            SourceConfig(path=str(written(tmp_path / "a.jsonl", rows)), weight=2),
-            SourceConfig(path=str(written(tmp_path / "b.jsonl", chats)), system="be short"),
+            SourceConfig(path=str(rows_file(tmp_path / "a.jsonl", rows)), weight=2),
+            SourceConfig(path=str(rows_file(tmp_path / "b.jsonl", chats)), system="be short"),
         ],
         validation=3,
         template="chatml",
@@ -75,14 +75,14 @@ def test_row_i_is_row_i_of_the_store(tiny: TinyModels, tmp_path: Path) -> None:
 
 
 def test_a_row_that_asks_nothing_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
-    file = written(tmp_path / "a.jsonl", [{"text": "once upon a time"}])
+    file = rows_file(tmp_path / "a.jsonl", [{"text": "once upon a time"}])
     with pytest.raises(SlimError, match=r"a.jsonl, line 1: a row of format text asks nothing"):
         scored(tmp_path, tiny(), DataConfig(path=str(file), validation=0))
 
 
 @pytest.mark.parametrize("form", ["raw", "bare", "rendered", "chat", "key"])
 def test_questions_of_a_test_split_are_refused(tiny: TinyModels, tmp_path: Path, form: str) -> None:
-    written(tmp_path / "test.jsonl", [{"prompt": "How many?", "completion": "4"}])
+    rows_file(tmp_path / "test.jsonl", [{"prompt": "How many?", "completion": "4"}])
     (tmp_path / "mine.yaml").write_text(TASK)
     task = find_task(tmp_path / "mine.yaml")
     row: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_questions_of_a_test_split_are_refused(tiny: TinyModels, tmp_path: Path,
         row["key"] = question_keys(task, load_rows(task))[0]
     other = {"prompt": "How few?", "completion": " 2"}
     config = DataConfig(
-        path=str(written(tmp_path / "a.jsonl", [other, row])), validation=0, template="plain"
+        path=str(rows_file(tmp_path / "a.jsonl", [other, row])), validation=0, template="plain"
     )
     if form == "chat":
         config = config.model_copy(update={"template": "chatml"})
@@ -114,6 +114,6 @@ def test_questions_of_a_test_split_are_refused(tiny: TinyModels, tmp_path: Path,
 
 def test_a_task_without_its_test_rows_is_said(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(TASK)
-    said: list[str] = []
-    refuse_test_questions([], [find_task(tmp_path / "mine.yaml")], said.append)
-    assert "rows were not compared with the test questions of mine" in said[0]
+    notices: list[str] = []
+    refuse_test_questions([], [find_task(tmp_path / "mine.yaml")], notices.append)
+    assert "rows were not compared with the test questions of mine" in notices[0]
