@@ -42,8 +42,6 @@ class RewardConfig(Section):
         epsilon_high: How far above 1 with A > 0; None is ``epsilon``. DAPO's paper uses 0.28.
         mask_truncated: Learn nothing from answers that were cut at ``rounds.max_tokens`` (TRL's
             ``mask_truncated_completions``).
-        redraws: How often the answers to a question are drawn again while they all score alike
-            (DAPO's dynamic sampling); nothing is learned from such a group, and is counted.
     """
 
     task: str | None = None
@@ -56,7 +54,6 @@ class RewardConfig(Section):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Annotated[float, Field(gt=0, le=LARGEST)] | None = None
     mask_truncated: bool = False
-    redraws: Annotated[int, Field(ge=0, le=100)] = 0
 
     @property
     def upper(self) -> float:

@@ -98,7 +98,7 @@ class PolicyObjective(CrossEntropy):
         self._columns = columns
 
     def divisors(self, batch: Batch) -> Sequence[float]:
-        """Return what its answers add to the loss's divisor, then the tokens that are not masked."""
+        """Return what its answers add to the loss's divisor, then the tokens not masked."""
         columns, real_N = self._columns(), batch.sources_N[batch.sources_N >= 0]
         if not len(real_N):  # a batch for measuring
             return [1.0] * (1 + len(self.metrics))
