@@ -8,7 +8,7 @@ Try it: ``mlx-slim train smollm2-grpo -o runs/grpo``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -19,7 +19,8 @@ from mlx_slim.config.reward import LossType
 from mlx_slim.data.batches import Batch
 from mlx_slim.rewards.advantages import divisors, token_weights
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays
+from mlx_slim.runtime import world
+from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, total_weight
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,34 @@ class PolicyObjective(CrossEntropy):
         super().__init__(model, chunk, vocabulary, num_threads)
         self.token_loss = token_loss
         self._columns = columns
+        self._scale, self._empty = np.ones(1 + len(self.metrics), np.float32), False
 
-    def divisors(self, batch: Batch) -> Sequence[float]:
-        """Return what its answers add to the loss's divisor, then the tokens not masked."""
+    def weight(self, batch: Batch) -> float:
+        """Return what the answers of ``batch`` add to the divisor of its step."""
+        if self._empty:
+            return float(batch.rows)
+        return self._sums(batch)[0]
+
+    def _sums(self, batch: Batch) -> tuple[float, float]:
+        """Return Σ d, and how many tokens are not masked."""
         columns, real_N = self._columns(), batch.sources_N[batch.sources_N >= 0]
         if not len(real_N):  # a batch for measuring
-            return [1.0] * (1 + len(self.metrics))
-        tokens = float(np.count_nonzero(columns.weight_S[real_N]))
-        return [float(columns.divisor_S[real_N].sum()), *[tokens] * len(self.metrics)]
+            return 1.0, 1.0
+        tokens = np.count_nonzero(columns.weight_S[real_N])
+        return float(columns.divisor_S[real_N].sum()), float(tokens)
+
+    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Find what makes means over tokens of metrics that are divided as the loss is."""
+        totals = np.array([self._sums(batch) for batch in batches]).reshape(-1, 2).sum(axis=0)
+        divisor, tokens = map(float, totals)
+        if world().size() > 1:
+            divisor, tokens = total_weight(divisor), total_weight(tokens)
+        self._empty = divisor == 0  # all answers are masked: the loss is 0
+        per_token = divisor / tokens if tokens else 1.0
+        self._scale = np.array([1.0, *[per_token] * len(self.metrics)], np.float32)
 
     def arrays(self, batch: Batch) -> Arrays:
-        """Return ``batch_arrays``, then old log-probabilities, advantages, weights, reference.
+        """Return ``batch_arrays``, old log-probabilities, advantages, weights, reference, scale.
 
         Padded targets, and those of a batch for measuring, have the weight 0 and 1.
         """
@@ -122,4 +140,9 @@ class PolicyObjective(CrossEntropy):
             weight_N = weight_N * mx.array((batch.weights_N > 0).astype(np.float32))
         reference = [] if columns.reference_S is None else [of(columns.reference_S)]
         policy = of(columns.old_S), of(columns.advantage_S)
-        return (*batch_arrays(batch), *policy, weight_N, *reference)
+        return (*batch_arrays(batch), *policy, weight_N, *reference, mx.array(self._scale))
+
+    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
+        """Return Σ w·L, and after it Σ of each metric, scaled to be divided as the loss is."""
+        *others, scale = arrays
+        return scale * super().__call__(model, tuple(others), gradient=gradient)

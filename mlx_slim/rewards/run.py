@@ -1,4 +1,4 @@
-"""Fine-tune a recipe: on its rows, or on rewards of answers that the model draws.
+"""What ``mlx-slim train`` runs: a fine-tune on rows, preferences, or rewards of drawn answers.
 
 Invariant: learning from rewards is a fine-tune with another strategy: the same loop, run folder,
 resume, memory guard and verification of what was saved. Try it:
@@ -16,6 +16,7 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
+from mlx_slim.preferences.run import train as without_rewards
 from mlx_slim.rewards.policy import PolicyStrategy
 from mlx_slim.rewards.reward import FunctionReward, reward_of
 
@@ -49,7 +50,7 @@ def train(
                 f"--reward {reward} scores drawn answers, and {resolved.source} draws none",
                 "give it a reward section: reward={} takes the defaults",
             )
-        return finetune(resolved, out, observer=observer, resume=resume)
+        return without_rewards(resolved, out, observer=observer, resume=resume)
     function = None if reward is None else FunctionReward(reward)
     say = partial(_warn, observer)
     strategy = PolicyStrategy(resolved.recipe, reward_of(config, function), say)
