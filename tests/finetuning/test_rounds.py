@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class OfAnswers:
 
     targets = None
     log_probs = True
-    until = ()
+    until: Sequence[str] = ()
 
     def __init__(self, fraction: float = 1.0, answers: int = 2, alone: bool = False) -> None:
         plain = CrossEntropyStrategy()
