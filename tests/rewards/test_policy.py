@@ -240,3 +240,26 @@ def test_reward_and_recipe_belong_together(tiny: TinyModels, tmp_path: Path, rew
     with pytest.raises(SlimError, match="nothing gives one"):
         train(recipe, out, observer=Recorder())
     assert not out.exists()
+
+
+def test_on_a_gpu_too(tiny: TinyModels, tmp_path: Path, reward: str, as_on_gpu: None) -> None:
+    """bfloat16, a compiled step of few shapes, a quantized base: resumed bit for bit."""
+    settings = {"steps": 3, "batch_tokens": 256, "max_length": 128, "save_every": 1}
+    recipe = resolved(
+        tiny(),
+        tmp_path,
+        method="qlora",
+        quantize={"group_size": 32},
+        reward={"beta": 0.04},
+        rounds={"steps": 2, "max_tokens": 6},
+        train=settings,
+    )
+    straight, killed, recorder = tmp_path / "straight", tmp_path / "killed", Recorder()
+    train(recipe, straight, observer=recorder, reward=reward)
+    with pytest.raises(Killed):
+        train(recipe, killed, observer=KillAt("step", 1), reward=reward)
+    train(recipe, killed, observer=Recorder(), reward=reward, resume=True)
+    assert losses(killed) == losses(straight)
+    first = next(one for one in recorder.events if isinstance(one, events.StepDone)).metrics
+    assert first and first["clip_low"] == first["clip_high"] == 0.0
+    assert abs(first["kl"]) < 1e-3  # of bfloat16
