@@ -104,6 +104,7 @@ class TeacherScorer:
 
     answers = 1
     log_probs = False
+    until: Sequence[str] = ()
 
     def __init__(
         self,

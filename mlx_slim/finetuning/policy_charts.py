@@ -18,7 +18,6 @@ from mlx_slim.finetuning.curves import Series, chart, smooth
 _TERMS = StepDone.record_keys["metrics"]  # where a step's event has the terms of its loss
 
 
-
 def policy_charts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
     """Return (title, picture) of each curve that has points.
 
@@ -31,20 +30,6 @@ def policy_charts(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]
         return [(step, float(y)) for step, y in values if isinstance(y, int | float)]
 
     kl = term("kl")
-    def of(
-        events: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any]
-    ) -> list[tuple[float, float]]:
-        values = [(float(event["step"]), value(event)) for event in events]
-        return [(step, float(y)) for step, y in values if isinstance(y, int | float)]
-
-    def figure(name: str) -> list[tuple[float, float]]:
-        return of(rounds, lambda event: _part(event, "metrics", name))
-
-    def part(name: str) -> list[tuple[float, float]]:
-        return of(steps, lambda event: _part(event, _TERMS, name))
-
-    reward = figure("reward")
-    kl = part("kl")
     drawn = [
         (
             "Entropy of the policy, nats",

@@ -22,11 +22,10 @@ from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
-from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
-from mlx_slim.finetuning.round_curves import round_charts
 from mlx_slim.finetuning.policy_charts import policy_charts, reward_curve
 from mlx_slim.finetuning.preference_curves import loss_title, preference_charts
 from mlx_slim.finetuning.reward_source import reward_source
+from mlx_slim.finetuning.round_curves import round_charts
 from mlx_slim.finetuning.run_dir import (
     ANSWERS_FILE,
     RECORD,

@@ -94,6 +94,10 @@ class PolicyScorer:
         """Return True: everything is done with the model in memory."""
         return True
 
+    def close(self) -> None:
+        """Forget the reference and the round."""
+        self.reference = None
+
     def score(self, answers: Round, model: nn.Module, stop: Callable[[], bool]) -> Begun:
         """Score the answers, or read what they scored; compute what the reference says of them.
 
@@ -124,7 +128,7 @@ class PolicyScorer:
         if not file.is_file():
             began = time.perf_counter()
             scored = [self.reward(self.rows[group[0].row], group) for group in groups]
-            answers.folder.add_scoring_seconds(time.perf_counter() - began)
+            answers.folder.add_seconds("scoring", time.perf_counter() - began)
             lines = [
                 json.dumps({"row": group[0].row, "rewards": rewards}) + "\n"
                 for group, rewards in zip(groups, scored, strict=True)
