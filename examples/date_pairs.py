@@ -11,11 +11,10 @@ import json
 import random
 import re
 import sys
+from calendar import month_name
 from pathlib import Path
 
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
+MONTHS = list(month_name)[1:]
 DAY_FIRST = re.compile(rf"\b\d{{1,2}} ({'|'.join(MONTHS)}) \d{{4}}\b")
 TRAIN = (
     ["bridge", "library", "school", "museum", "market", "station", "harbour", "theatre"],
@@ -37,7 +36,9 @@ VALIDATION = (
 )
 
 
-def pairs(count, things, sentences, seed):
+def pairs(
+    count: int, things: list[str], sentences: list[tuple[str, str]], seed: int
+) -> list[dict[str, str]]:
     """Return ``count`` different pairs; the prompt has the date in digits."""
     draw, rows, seen = random.Random(seed), [], set()
     while len(rows) < count:
@@ -49,14 +50,14 @@ def pairs(count, things, sentences, seed):
         seen.add(prompt)
         name = MONTHS[month - 1]
         texts = [
-            answer.format(thing=thing, date=date)
-            for date in (f"{day} {name} {year}", f"{name} {day}, {year}")
+            answer.format(thing=thing, date=written)
+            for written in (f"{day} {name} {year}", f"{name} {day}, {year}")
         ]
         rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]})
     return rows
 
 
-def labels(rows):
+def labels(rows: list[dict[str, str]]) -> list[dict[str, str | bool]]:
     """Return the chosen answer of every other pair as wanted, the rejected ones as not."""
     return [
         {
@@ -68,7 +69,7 @@ def labels(rows):
     ]
 
 
-def write(folder):
+def write(folder: Path) -> None:
     """Write the files; check every pair with the pattern first."""
     folder.mkdir(parents=True, exist_ok=True)
     train, validation = pairs(64, *TRAIN, seed=0), pairs(200, *VALIDATION, seed=1)

@@ -84,7 +84,7 @@ class Accelerator(SimpleNamespace):
 
 def _trainer(kind: type, model: Any, **settings: Any) -> Any:
     """Return a trainer without its set-up: what its loss reads, and nothing else."""
-    trainer = kind.__new__(kind)
+    trainer: Any = object.__new__(kind)
     values = {
         "model": model,
         "accelerator": Accelerator(),
@@ -280,7 +280,7 @@ def test_orpo(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_kto(folders: tuple[Path, Path], swapped: bool) -> None:
     """With one order of the two models z is positive, with the other one it is cut off at 0."""
-    folders = folders[::-1] if swapped else folders
+    folders = (folders[1], folders[0]) if swapped else folders
     rows = _rows(1)
     desirable = np.array([True, False, True, True, False, True])
     config = PreferenceConfig(loss="kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.8)

@@ -33,7 +33,7 @@ def test_rates_of_a_run_that_was_extended_twice(tmp_path: Path) -> None:
     assert rate(6) == rate(5) == pytest.approx(0.25)
     assert rate(10) == rate(9) == pytest.approx(0.25 / 4)
     assert rate(19) == pytest.approx(0.25 / 4 / 10)
-    assert newest(tmp_path / "none", config, 20, Extended(2, (6, 10))) is None
+    assert newest(tmp_path / "none", config, 20, Extended(2, (6, 10)), None) is None
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_longer_run_resumes_before_the_rates_differ(
 ) -> None:
     for step in (4, 5, 7, 10):
         _checkpoint(tmp_path, step, 10)
-    path = newest(tmp_path, config, 40, Extended(0, (10,)))
+    path = newest(tmp_path, config, 40, Extended(0, (10,)), None)
     assert path == tmp_path / f"step-{expected}"
 
 
