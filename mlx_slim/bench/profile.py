@@ -35,7 +35,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import run_in_threads
-from mlx_slim.training.step import CrossEntropy, batch_arrays, supervised_rows
+from mlx_slim.training.step import CrossEntropy, batch_arrays, part_count, supervised_rows
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip
@@ -227,7 +227,10 @@ def profile(work: TrainWork) -> JsonObject:
         heads = Component(HEAD)
         with contextlib.ExitStack() as undo:
             undo.callback(recorder.close)
-            shards_of = [stepper.shards(batch) for batch in batches]
+            shards_of = [
+                stepper.shards(batch, part_count(stepper.num_threads, batch.computed_tokens))
+                for batch in batches
+            ]
             threads = max(1, min(stepper.num_threads, max(map(len, shards_of))))
             for shard in (shard for shards in shards_of for shard in shards):
                 recorder.batch = shard

@@ -24,7 +24,7 @@ from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, total_wei
 
 
 @dataclass(frozen=True)
-class RoundColumns:
+class PolicyColumns:
     """What is known of every drawn token of a round.
 
     Attributes:
@@ -51,7 +51,7 @@ class RoundColumns:
         advantage_A: np.ndarray,
         old_S: np.ndarray,
         reference_S: np.ndarray | None = None,
-    ) -> RoundColumns:
+    ) -> PolicyColumns:
         """Return the columns of the answers of a round.
 
         Args:
@@ -88,7 +88,7 @@ class PolicyObjective(CrossEntropy):
     def __init__(
         self,
         token_loss: PolicyLoss,
-        columns: Callable[[], RoundColumns],
+        columns: Callable[[], PolicyColumns],
         model: nn.Module,
         chunk: int | None = None,
         vocabulary: int = 8,

@@ -40,7 +40,7 @@ from mlx_slim.planner.memory import Prediction
 from mlx_slim.reading import JsonObject, library_errors, parse_json, short
 from mlx_slim.rewards.advantages import advantages, alike, spread
 from mlx_slim.rewards.losses import PolicyLoss
-from mlx_slim.rewards.objective import PolicyObjective, RoundColumns
+from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
 from mlx_slim.rewards.reference import ReferenceModel, drawn_log_probs
 from mlx_slim.rewards.reward import Reward
 from mlx_slim.rewards.scored_rows import ScoredRow, read_scored_rows, refuse_test_questions
@@ -75,7 +75,7 @@ class PolicyScorer:
         self.batch_tokens, self.vocabulary = 0, 0
         self.chunk: int | None = None
         empty = _NOTHING if config.beta else None
-        self.columns = RoundColumns(_NOTHING, _NOTHING, _NOTHING, _NOTHING, empty)
+        self.columns = PolicyColumns(_NOTHING, _NOTHING, _NOTHING, _NOTHING, empty)
         self._rewards_A = _NOTHING
 
     def place(self, prediction: Prediction, budget: int, observer: events.Observer) -> Prediction:
@@ -107,7 +107,7 @@ class PolicyScorer:
         config = self.config
         self._rewards_A = np.array(from_first_rank(partial(self._scored, answers)), np.float64)
         cut_A = np.array([one.stop_reason == "length" for one in answers.answers])
-        self.columns = RoundColumns.of(
+        self.columns = PolicyColumns.of(
             config.loss_type,
             self.rounds.max_tokens,
             answers.supervised,

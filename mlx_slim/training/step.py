@@ -304,9 +304,9 @@ class Stepper:
                 self._value_and_grad, inputs=[*state, *captured], outputs=state
             )
 
-    def shards(self, batch: Batch) -> list[Batch]:
-        """Return what is computed at a time: shards of ``batch``, or lists of shared rows."""
-        shards = batch.shards(part_count(self.num_threads, batch.computed_tokens))
+    def shards(self, batch: Batch, count: int) -> list[Batch]:
+        """Return what is computed at a time: ``count`` shards, or lists of shared rows."""
+        shards = batch.shards(count)
         return cheapest(batch, shards, self.num_threads) if self._prefix_sharing else shards
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -315,7 +315,7 @@ class Stepper:
 
     def _micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array], int]:
         """Return besides how many positions were computed."""
-        shards = self.shards(batch)
+        shards = self.shards(batch, part_count(self.num_threads, batch.computed_tokens))
         computed = sum(shard.computed_tokens for shard in shards)
         if len(shards) == 1:
             return (*self._part(shards[0], None), computed)

@@ -14,6 +14,7 @@ from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.sides import RANK, TrainWork, training
 from mlx_slim.cli.bench import _show_profile
 from mlx_slim.models import structure
+from mlx_slim.training.step import part_count
 from tests.support.runs import write_rows
 from tests.support.tiny import TinyModels
 
@@ -41,8 +42,10 @@ def test_products_are_counted_in_closed_form(measured: dict[str, Any], work: Tra
     with training(work) as (loop, _):
         shards = [
             shard
-            for groups in loop.batcher.plan(0)
-            for shard in loop.stepper.shards(loop.batcher.batch(groups))
+            for batch in map(loop.batcher.batch, loop.batcher.plan(0))
+            for shard in loop.stepper.shards(
+                batch, part_count(loop.stepper.num_threads, batch.computed_tokens)
+            )
         ]
     positions = sum(shard.tokens_BT.size for shard in shards)
     # q and o are as wide as the model; gate and up are of one shape, down of the other.

@@ -61,7 +61,7 @@ def test_one_override_makes_the_section_with_the_students_own_origin_as_teacher(
         ("distill.weight=1.5", "expected a number .at least 0 and at most 1."),
         ("distill.temperature=0", "expected a number .above 0"),
         ("distill.top_k=some", "expected all or a whole number"),
-        ("distill.method=logit", "expected one of auto, logits, uld, sequence, rationales"),
+        ("distill.method=logit", "expected one of auto, logits, sequence, rationales"),
         ("distill.teachers=[{model: a, api_key_env: K}]", "api_key_env=K needs base_url"),
         ("distill.teachers=[{base_url: u}]", "base_url=u needs model=NAME"),
         ("distill.teachers=[{model: a, base_url: u, adapter: d}]", "adapter=d are both set"),

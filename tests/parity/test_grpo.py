@@ -22,7 +22,7 @@ from mlx_slim.export.model import export_hf
 from mlx_slim.models.load import load
 from mlx_slim.rewards.advantages import advantages
 from mlx_slim.rewards.losses import PolicyLoss
-from mlx_slim.rewards.objective import PolicyObjective, RoundColumns
+from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
 from mlx_slim.training.step import Stepper, StepResult
 from tests.parity.optional import needed
 from tests.parity.torch_side import torch, transformers
@@ -143,7 +143,7 @@ def theirs(trainer: Any, config: RewardConfig) -> tuple[float, dict[str, np.ndar
 def ours(folder: Path, config: RewardConfig, temperature: float) -> StepResult:
     """Return our step over the same rows, in three micro-batches."""
     model = load(folder, dtype=mx.float32).model
-    columns = RoundColumns.of(
+    columns = PolicyColumns.of(
         config.loss_type,
         LONGEST,
         ROWS.supervised,

@@ -12,7 +12,7 @@ from mlx_slim.config.reward import LossType
 from mlx_slim.data.batches import Batch, Batcher, collate
 from mlx_slim.data.shapes import SHAPES
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
-from mlx_slim.rewards.objective import PolicyObjective, RoundColumns
+from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
 from mlx_slim.training.step import Stepper, StepResult
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load
@@ -26,10 +26,10 @@ LONGEST = 64
 LOSS_TYPES: list[LossType] = ["grpo", "bnpo", "dr_grpo", "dapo"]
 
 
-def round_columns(loss_type: LossType) -> RoundColumns:
+def round_columns(loss_type: LossType) -> PolicyColumns:
     rng = np.random.default_rng(5)
     count = int(TOKENS.sum())
-    return RoundColumns.of(
+    return PolicyColumns.of(
         loss_type,
         LONGEST,
         TOKENS,
@@ -96,7 +96,7 @@ def test_padding_changes_nothing(tiny: TinyModels) -> None:
 def test_a_batch_for_measuring_needs_no_round(tiny: TinyModels) -> None:
     model, _ = stock_load(str(tiny()))
     nothing = np.empty(0, np.float32)
-    empty = RoundColumns(nothing, nothing, nothing, nothing, nothing)
+    empty = PolicyColumns(nothing, nothing, nothing, nothing, nothing)
     objective = PolicyObjective(PolicyLoss(beta=0.04), lambda: empty, model, chunk=16)
     largest: Batch = Batcher(ROWS, 64, 32, "grouped", 0).largest_batch()
     sums, gradients = Stepper(model, objective).micro(largest)

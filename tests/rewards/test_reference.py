@@ -16,7 +16,7 @@ from mlx_slim.evaluation.scoring.generate import generate_batch
 from mlx_slim.evaluation.scoring.sampling import Sampling
 from mlx_slim.models.load import load
 from mlx_slim.rewards.losses import PolicyLoss
-from mlx_slim.rewards.objective import PolicyObjective, RoundColumns
+from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
 from mlx_slim.rewards.reference import ReferenceModel, drawn_log_probs
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.step import Stepper
@@ -61,7 +61,7 @@ def test_the_sampler_knows_the_probabilities_of_the_trainer(
     batcher = Batcher(rows, 64, 32, "grouped", 0)
     computed = drawn_log_probs(loaded.model, batcher, temperature, vocabulary=VOCAB, chunk=5)
     assert np.abs(computed - drawn).max() < 1e-5
-    columns = RoundColumns.of(
+    columns = PolicyColumns.of(
         "bnpo", 12, rows.supervised, np.ones(6, bool), np.ones(6), drawn, computed
     )
     token_loss = PolicyLoss(beta=1.0, temperature=temperature)
