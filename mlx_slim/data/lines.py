@@ -36,7 +36,7 @@ class ReadStatus(Protocol):
     unit: str
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text[:300] or type(error).__name__

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -22,6 +23,7 @@ from mlx_slim.evaluation.tasks.metrics import first_metric, record_generation
 from mlx_slim.evaluation.tasks.question import Question
 from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.hashing import hash_bytes
+from mlx_slim.reading import read_bytes
 from mlx_slim.rewards.scored_rows import ScoredRow
 
 
@@ -133,11 +135,10 @@ class FunctionReward:
             )
         self.spec, self.name = spec, f"{Path(file).name}:{function}"
         try:
-            source = Path(file).expanduser().read_bytes()
-        except OSError as error:
+            source = read_bytes(Path(file).expanduser())
+        except SlimError as error:
             raise SlimError(
-                f"--reward {spec}: {file} cannot be read: {error.strerror or error}",
-                "expected FILE.py:FUNCTION, as in score.py:f",
+                f"--reward {spec}: {error.message}", "expected FILE.py:FUNCTION, as in score.py:f"
             ) from error
         self.source: RewardSource | None = RewardSource(spec, hash_bytes(source))
         self._function = _load(Path(file), source, function)
@@ -154,7 +155,7 @@ class FunctionReward:
         columns = {
             name: [value] * len(answers) for name, value in fields.items() if name not in _RESERVED
         }
-        try:
+        with _users_code(f"{row.place}: {self.name}", _SIGNATURE):
             values = list(
                 self._function(
                     prompts=prompts,
@@ -163,10 +164,6 @@ class FunctionReward:
                     **columns,
                 )
             )
-        except Exception as error:  # a user's function can raise anything
-            raise self._wrong(
-                row, f"{type(error).__name__}: {one_line(error)}", _SIGNATURE
-            ) from error
         if len(values) != len(answers):
             raise self._wrong(
                 row, f"{len(values):,} rewards for {len(answers):,} answers", "expected one each"
@@ -194,18 +191,29 @@ _RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids",
 _SIGNATURE = "it is called as f(prompts, completions, completion_ids, answer, **fields)"
 
 
+@contextmanager
+def _users_code(what: str, hint: str) -> Iterator[None]:
+    """Run a user's code: what it raises is one line, what it prints goes to standard error.
+
+    Standard output is a command's own: with ``--json`` each of its lines is an event. ``sys.exit``
+    would otherwise end the run with the code that it names, 0 too; an interrupt passes.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # anything can be raised, also what is no Exception
+        raise SlimError(f"{what}: {type(error).__name__}: {one_line(error)}", hint) from error
+
+
 def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:
     """Run a file and return its function."""
     module = types.ModuleType(f"_reward_{file.stem}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
+    with _users_code(f"--reward {file}", "the file must run by itself: python FILE.py"):
         exec(compile(source, str(file), "exec"), module.__dict__)
-    except Exception as error:
-        raise SlimError(
-            f"--reward {file}: {type(error).__name__}: {one_line(error)}",
-            "the file must run by itself: python FILE.py",
-        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if isinstance(value, _FUNCTION)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
     ("body", "text"),
     [
         ("raise KeyError('gold')", "rows.jsonl, line 3: score.py:f: KeyError: 'gold'"),
+        ("raise SystemExit(0)", "rows.jsonl, line 3: score.py:f: SystemExit: 0"),
+        ("raise GeneratorExit", "rows.jsonl, line 3: score.py:f: GeneratorExit"),
         ("return [1.0]", "rows.jsonl, line 3: score.py:f: 1 rewards for 3 answers"),
         ("return 1.0", "rows.jsonl, line 3: score.py:f: TypeError"),
         ("return [1, 2, float('nan')]", "rows.jsonl, line 3: score.py:f: the reward is nan"),
@@ -75,12 +78,28 @@ def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, body: str, text:
     assert "\n" not in raised.value.message and raised.value.hint
 
 
+def test_an_interrupt_in_a_function_is_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        FunctionReward(score_file(tmp_path, "raise KeyboardInterrupt"))(ROW, ANSWERS)
+
+
+def test_what_a_function_prints_is_no_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = FunctionReward(score_file(tmp_path, "print('seen'); return [1, 2, 3]"))
+    assert reward(ROW, ANSWERS) == [1, 2, 3]
+    assert capsys.readouterr() == ("", "seen\n")
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
         ("score.py", "names no function"),
         ("score.txt:f", "names no function"),
-        ("absent.py:f", "cannot be read: No such file"),
+        ("absent.py:f", "absent.py does not exist"),
+        ("folder.py:f", "folder.py is a folder"),
+        ("fifo.py:f", "fifo.py is a FIFO"),
+        ("exits.py:f", "exits.py: SystemExit: 0"),
         ("broken.py:f", "SyntaxError"),
         ("score.py:g", "no function is called 'g'"),
     ],
@@ -90,6 +109,9 @@ def test_a_file_without_the_function_is_refused(
 ) -> None:
     score_file(tmp_path, "return []")
     (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "folder.py").mkdir()
+    os.mkfifo(tmp_path / "fifo.py")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SlimError, match=text):
         FunctionReward(spec)
