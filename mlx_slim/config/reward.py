@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlx_slim.config.section import LARGEST, Section
 
@@ -54,6 +54,12 @@ class RewardConfig(Section):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epsilon_high: Annotated[float, Field(gt=0, le=LARGEST)] | None = None
     mask_truncated: bool = False
+
+    @model_validator(mode="after")
+    def _a_metric_is_of_a_task(self) -> RewardConfig:
+        if self.metric is not None and self.task is None:
+            raise ValueError(f"metric={self.metric} is read of a task: set task, or drop metric")
+        return self
 
     @property
     def upper(self) -> float:

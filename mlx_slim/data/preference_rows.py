@@ -44,7 +44,11 @@ def read_answers(
         Dropped: If an answer is empty, or both are the same.
         SlimError: If columns are missing or hold the wrong type.
     """
-    value = {k: v for k, v in renamed_row(row, columns).items() if v is not None}
+    renamed = renamed_row(row, columns)
+    answers_of = _PAIR if kind == "pairs" else ("completion",)
+    if {*answers_of} <= renamed.keys() and None in (renamed[name] for name in answers_of):
+        raise Dropped("empty answer")  # a null, as in plain rows
+    value = {k: v for k, v in renamed.items() if v is not None or k == "label"}
     value |= {k: t for k in ("prompt", "completion", *_PAIR) if (t := turns_in_json(value.get(k)))}
     answers = _pair(row, value) if kind == "pairs" else _labelled(row, value)
     rest = {k: v for k, v in value.items() if k in ("system", "system_prompt", "tools")}
@@ -124,7 +128,7 @@ def _without_beginning(row: RawRow, chosen: Any, rejected: Any) -> tuple[Any, An
 
 
 def _wrong_columns(row: RawRow, value: Mapping[str, Any], kind: PreferenceRows) -> SlimError:
-    seen = ", ".join(row.value) or "none"
+    seen = ", ".join(k for k, v in row.value.items() if v is not None) or "none"
     hint = "to learn the answers of plain rows, drop the section: preference=null"
     if kind == "pairs" and "label" in value:
         hint = "answers with labels are for preference.loss=kto"

@@ -42,7 +42,7 @@ from mlx_slim.rewards.advantages import advantages, alike, spread
 from mlx_slim.rewards.losses import PolicyLoss
 from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
 from mlx_slim.rewards.reference import ReferenceModel, drawn_log_probs
-from mlx_slim.rewards.reward import Reward
+from mlx_slim.rewards.reward import Reward, usable
 from mlx_slim.rewards.scored_rows import ScoredRow, read_scored_rows, refuse_test_questions
 from mlx_slim.runtime import from_first_rank
 from mlx_slim.training.callbacks import Callback, computing
@@ -137,8 +137,8 @@ class PolicyScorer:
         with library_errors(f"{short(file)} is damaged", "remove it: the answers are scored again"):
             read = [parse_json(raw, short(file)) for _, raw in json_lines(file)]
             rewards = [float(one) for line in read for one in line["rewards"]]
-            if len(rewards) != len(answers):
-                raise ValueError(f"{len(rewards)} rewards")
+            if len(rewards) != len(answers) or not all(map(usable, rewards)):
+                raise ValueError(f"not {len(answers)} finite numbers")
         return rewards
 
     def _reference(self, answers: Round, model: nn.Module) -> np.ndarray | None:

@@ -177,13 +177,23 @@ class FunctionReward:
             number = float(value)
         except Exception:
             number = math.nan
-        if not math.isfinite(number):
+        if not usable(number):
             seen = " ".join(repr(value).split())[:60]
-            raise self._wrong(row, f"the reward is {seen}", "expected a finite number")
+            raise self._wrong(
+                row, f"the reward is {seen}", f"expected a finite number, at most ±{LARGEST:g}"
+            )
         return number
 
     def _wrong(self, row: ScoredRow, what: str, hint: str) -> SlimError:
         return SlimError(f"{row.place}: {self.name}: {what}", hint)
+
+
+LARGEST = 1e15  # the square of an advantage, summed over a gradient, is still a float32
+
+
+def usable(reward: float) -> bool:
+    """Return whether a number can be learned from: it is finite, and so is its square."""
+    return abs(reward) <= LARGEST
 
 
 # Arguments of every function: a field of that name is not passed.

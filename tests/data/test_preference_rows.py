@@ -97,6 +97,8 @@ def test_an_answer_has_its_label() -> None:
         ({"prompt": "a", "completion": "b", "label": True}, "pairs", "expected: prompt, chosen"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "labels", "prompt, completion, label"),
         ({"prompt": "a", "completion": "b"}, "labels", "prompt, completion, label"),
+        ({"prompt": None, "completion": "b", "label": True}, "labels", "seen: completion, label;"),
+        ({"prompt": "a", "completion": "b", "label": None}, "labels", "'label' is None"),
         ({"prompt": "a", "completion": "b", "label": 1}, "labels", "'label' is 1, expected true"),
         ({"prompt": "a", "completion": "b", "label": "no"}, "labels", "'label' is 'no'"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "pairs", "are str and int"),
@@ -126,6 +128,7 @@ def test_other_rows_are_refused_in_one_line(row: dict[str, Any], kind: str, expe
     ("row", "reason"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same answer"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "empty answer"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty answer"),
         ({"chosen": [*CHAT, answer("b")], "rejected": CHAT}, "empty answer"),
         (

@@ -217,6 +217,7 @@ def test_a_function_that_fails_leaves_a_run_that_resumes(
         ({"adapter": {"dropout": 0.1}}, r"adapter.dropout=0.1 changes the probabilities"),
         ({"distill": {}}, "distill and reward are both set"),
         ({"reward": {"group_size": 1}}, r"reward.group_size"),
+        ({"reward": {"metric": "acc"}}, r"metric=acc is read of a task"),
         ({"reward": {"loss_type": "ppo"}}, r"reward.loss_type"),
     ],
 )

@@ -66,6 +66,7 @@ def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
         ("return [1.0]", "rows.jsonl, line 3: score.py:f: 1 rewards for 3 answers"),
         ("return 1.0", "rows.jsonl, line 3: score.py:f: TypeError"),
         ("return [1, 2, float('nan')]", "rows.jsonl, line 3: score.py:f: the reward is nan"),
+        ("return [1, 2, 1e200]", "rows.jsonl, line 3: score.py:f: the reward is 1e+200"),
         ("return [1, 2, None]", "rows.jsonl, line 3: score.py:f: the reward is None"),
         ("return ['1', '2', '3']", "rows.jsonl, line 3: score.py:f: the reward is '1'"),
     ],
