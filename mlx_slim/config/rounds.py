@@ -7,6 +7,7 @@ Invariant: a default or a bound of rounds stands here and nowhere else; the sect
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -29,3 +30,7 @@ class RoundsConfig(Section):
     max_tokens: PositiveInt = 256
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def longest_answers(self, prompts: Sequence[Sequence[int]], max_length: int) -> list[int]:
+        """Return the longest answer to each prompt: prompt and answer fit ``max_length`` tokens."""
+        return [max(1, min(self.max_tokens, max_length - len(prompt))) for prompt in prompts]

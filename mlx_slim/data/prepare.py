@@ -282,7 +282,8 @@ def _write(
     check_renamed(config.columns, set().union(*(ledger.columns for ledger in ledgers)))
     if not len(hashes):
         reasons = "; ".join(text for ledger in ledgers for text in ledger.reasons())
-        shorter = "raise train.max_length, or cut rows with data.split=true; "
+        cut = "data.truncation=left" if "preference" in settings else "data.split=true"
+        shorter = f"raise train.max_length, or cut rows with {cut}; "
         raise SlimError(
             f"no row can be used: {sum(ledger.rows_read for ledger in ledgers):,} given, {reasons}",
             shorter * ("longer than" in reasons) + "see them with: mlx-slim data preview",
@@ -307,7 +308,7 @@ def _write(
         candidates = len(hashes) - len(validation)
     remaining = whole_units(remaining, unit)
     if not len(remaining):
-        raise no_row_left(candidates)
+        raise no_row_left(candidates // unit)
     train = weighted(remaining, bounds, [source.weight for _, source in sources], seed, unit)
     np.save(folder / "train.npy", train)
     np.save(folder / "validation.npy", validation)

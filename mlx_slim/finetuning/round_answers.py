@@ -3,7 +3,7 @@
 Invariant: ``answers.jsonl`` grows by whole chunks whose composition does not depend on what is
 there already, so what a kill leaves is completed to the same file; ``about.json`` says what the
 answers depend on besides the weights, and a folder that says otherwise is begun anew;
-``complete.json`` comes last, with a hash of the answers: edited ones are refused. Try it:
+``complete.json`` comes last, with hashes of both: edited ones are refused. Try it:
 ``mlx-slim distill distill-on-policy-smollm2 -o runs/on-policy``, then read
 ``runs/on-policy/rounds/round-0/answers.jsonl``.
 """
@@ -104,12 +104,15 @@ class RoundFolder:
         """
         file = self.path / ANSWERS
         if self.complete:
-            if not file.is_file() or hash_file(file) != read_object(self.path / COMPLETE)["sha256"]:
-                raise SlimError(
-                    f"{short(file)} is not as this run wrote it: the steps that learned from it "
-                    "cannot be repeated",
-                    "put the file back as it was, or start a new run",
-                )
+            record = read_object(self.path / COMPLETE, sha256=str)
+            hashes = {file: record["sha256"], self.path / ABOUT: record.get("about")}
+            for one, sha256 in hashes.items():  # rounds of earlier versions have none of ABOUT
+                if sha256 is not None and not (one.is_file() and hash_file(one) == sha256):
+                    raise SlimError(
+                        f"{short(one)} is not as this run wrote it: the steps that learned from it "
+                        "cannot be repeated",
+                        "put the file back as it was, or start a new run",
+                    )
             return [_parsed(file, *line) for line in json_lines(file)]
         if not file.is_file():
             return []
@@ -133,7 +136,8 @@ class RoundFolder:
         """Say that all answers are there."""
         file = self.path / ANSWERS
         file.touch()
-        write_json(self.path / COMPLETE, {"answers": answers, "sha256": hash_file(file)})
+        hashes = {"sha256": hash_file(file), "about": hash_file(self.path / ABOUT)}
+        write_json(self.path / COMPLETE, {"answers": answers, **hashes})
 
     def seconds(self, work: str) -> float:
         """Return the time that ``writing`` or ``scoring`` took so far, kills included."""

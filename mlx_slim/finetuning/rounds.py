@@ -283,7 +283,7 @@ class AnswerRounds:
             self._model,
             self._tokenizer,
             prompts,
-            [max(1, min(self._config.max_tokens, self._length - len(p))) for p in prompts],
+            self._config.longest_answers(prompts, self._length),
             batch_size=batch_size,
             cache_bytes=max(1, self._budget - mx.get_active_memory()),
             stops=self._scorer.until,

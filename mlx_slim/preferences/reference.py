@@ -18,8 +18,9 @@ import numpy as np
 
 from mlx_slim.artifacts import disk_errors, fsync, hash_json
 from mlx_slim.data.batches import Batcher, RowStore
+from mlx_slim.errors import SlimError
 from mlx_slim.preferences.scorer import RowScorer
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import JsonObject, short
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers
 
@@ -57,8 +58,14 @@ class ReferenceCache:
             if not self.complete:
                 return np.zeros(len(numbers_R), np.float32)
             order = [row for groups in self._batcher.plan(0) for (row,) in groups]
+            values = np.fromfile(self._file, np.float32)
+            if not np.isfinite(values).all():
+                raise SlimError(
+                    f"{short(self._file)} is damaged: a log-probability is not finite",
+                    "put the file back as it was, or start a new run",
+                )
             self._values = np.empty(len(self.rows), np.float32)
-            self._values[order] = np.fromfile(self._file, np.float32)
+            self._values[order] = values
         return self._values[numbers_R]
 
     def write(self, scorer: RowScorer, model: nn.Module, stop: Callable[[], bool]) -> Iterator[int]:

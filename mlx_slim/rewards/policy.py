@@ -230,8 +230,11 @@ class PolicyStrategy:
         from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, generate_batch
 
         prompts = [split(*store.row(number))[0] for number in range(len(store))]
-        most, tokenizer = recipe.rounds.max_tokens, tuned.loaded.tokenizer
-        positions = max(map(len, prompts)) + most
+        most = recipe.rounds.longest_answers(prompts, recipe.train.max_length)
+        tokenizer = tuned.loaded.tokenizer
+        positions = max(
+            len(prompt) + longest for prompt, longest in zip(prompts, most, strict=True)
+        )
         size = max(1, min(MOST_ANSWERS, recipe.train.batch_tokens // positions))
         callbacks: list[Callback] = list(tuned.callbacks)
 

@@ -257,3 +257,11 @@ def test_with_prompts_every_token_of_chosen_rows_is_a_target(pairs: Any) -> None
         assert supervised.sum() == (len(ids) - 1 if i % 2 == 0 else 3)
     assert view.answers_S.sum() == prepared.train.supervised.sum()
     assert view.weights(0) is None
+
+
+def test_refusals_of_whole_files_count_pairs_and_name_what_pairs_can_have(pairs: Any) -> None:
+    with pytest.raises(SlimError) as refused:
+        pairs([{"prompt": "a", "chosen": "b" * 80, "rejected": "c"}])
+    assert "data.truncation=left" in refused.value.hint and "split" not in refused.value.hint
+    with pytest.raises(SlimError, match="all 6 are in the validation set too"):
+        pairs([_pair(0)] * 8, validation=2)

@@ -21,7 +21,7 @@ from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.evaluation.scoring import generate
 from mlx_slim.finetuning import rounds
-from mlx_slim.finetuning.round_answers import Round
+from mlx_slim.finetuning.round_answers import Round, RoundFolder, SampledAnswer
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.strategy import CrossEntropyStrategy, TrainingStrategy
 from mlx_slim.planner.memory import Prediction
@@ -230,6 +230,27 @@ def test_ctrl_c_while_answering_keeps_what_there_is(
     assert count == 4
     finetune(resolved, out, observer=Recorder(), strategy=_strategy(), resume=True)
     _same(straight, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("answers.jsonl", "", "answers.jsonl is not as this run wrote it"),
+        ("about.json", '{"micro_batches": [[0, 0, 0, 99]]}', "about.json is not as this run"),
+        ("complete.json", "{}", "complete.json has no 'sha256'"),
+        ("complete.json", "[", "complete.json cannot be read as JSON"),
+    ],
+)
+def test_each_file_of_a_round_is_as_it_was_written_or_refused(
+    tmp_path: Path, name: str, content: str, text: str
+) -> None:
+    folder = RoundFolder(tmp_path / "round-0", {"micro_batches": [[0, 0, 0, 1]]}, 1)
+    folder.append([SampledAnswer(0, 0, "?", "!", "eos", [1])])
+    folder.finish(1)
+    assert len(RoundFolder.read(folder.path, 1)[0].answers()) == 1
+    (folder.path / name).write_text(content)
+    with pytest.raises(SlimError, match=text):
+        RoundFolder.read(folder.path, 1)[0].answers()
 
 
 def test_changed_or_missing_answers_are_refused(tiny: TinyModels, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_slim.data.batches import Batcher
+from mlx_slim.errors import SlimError
 from mlx_slim.preferences.reference import ReferenceCache
 from tests.preferences.support import Rows
 
@@ -45,6 +46,14 @@ def test_it_is_zero_until_it_is_complete_and_kept_then(tmp_path: Path) -> None:
     assert again.complete
     assert np.array_equal(again(np.arange(11)), values)
     assert not _cache(tmp_path / "reference", "others").complete
+
+
+def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    _write(_cache(tmp_path / "reference"), Scorer())
+    (file,) = (tmp_path / "reference").iterdir()
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(SlimError, match="not finite"):
+        _cache(tmp_path / "reference")(np.arange(11))
 
 
 @pytest.mark.parametrize("extra", [0, 2, 5])

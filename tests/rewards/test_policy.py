@@ -243,6 +243,25 @@ def test_reward_and_recipe_belong_together(tiny: TinyModels, tmp_path: Path, rew
     assert not out.exists()
 
 
+def test_no_answer_is_longer_than_a_row(tiny: TinyModels, tmp_path: Path) -> None:
+    """Those to validation rows too, whatever ``rounds.max_tokens`` is."""
+    (tmp_path / "score.py").write_text(
+        "from pathlib import Path\n"
+        "def f(prompts, completion_ids, **fields):\n"
+        "    with Path(__file__ + '.lengths').open('a') as file:\n"
+        "        file.writelines(f'{len(ids)}\\n' for ids in completion_ids)\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    changes: dict[str, Any] = {
+        "rounds": {"steps": 1, "max_tokens": 10_000},
+        "train": {"steps": 1, "batch_tokens": 64, "max_length": 64, "validate_every": 1},
+    }
+    recipe = resolved(tiny(), tmp_path, **changes)
+    train(recipe, tmp_path / "run", observer=Recorder(), reward=f"{tmp_path / 'score.py'}:f")
+    lengths = [int(one) for one in (tmp_path / "score.py.lengths").read_text().split()]
+    assert 6 < max(lengths) < 64
+
+
 def test_on_a_gpu_too(tiny: TinyModels, tmp_path: Path, reward: str, as_on_gpu: None) -> None:
     """bfloat16, a compiled step of few shapes, a quantized base: resumed bit for bit."""
     settings = {"steps": 3, "batch_tokens": 256, "max_length": 128, "save_every": 1}
