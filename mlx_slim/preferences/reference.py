@@ -2,7 +2,7 @@
 
 Invariant: one file a list of rows, named by all that its numbers depend on. Micro-batches are
 appended in the order of a fixed plan and synchronised; a killed run resumes with the first one that
-is not whole, and a complete file gets its last name. So the numbers are the same bit for bit, no
+is not whole, and a complete file gets its last name, and a hash beside it. So the numbers are the same bit for bit, no
 second copy of the weights exists, and a model with new adapters is its own reference: these change
 nothing before the first step. Try it: ``mlx-slim train smollm2-dpo -o runs/dpo``; the files are in
 ``runs/dpo/reference``.
@@ -16,11 +16,11 @@ from pathlib import Path
 import mlx.nn as nn
 import numpy as np
 
-from mlx_slim.artifacts import disk_errors, fsync, hash_json
+from mlx_slim.artifacts import disk_errors, fsync, hash_file, hash_json, write_json
 from mlx_slim.data.batches import Batcher, RowStore
 from mlx_slim.errors import SlimError
 from mlx_slim.preferences.scorer import RowScorer
-from mlx_slim.reading import JsonObject, short
+from mlx_slim.reading import JsonObject, read_object, short
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers
 
@@ -39,6 +39,7 @@ class ReferenceCache:
         sizes = (batcher.batch_tokens, batcher.max_length, batcher.seed)
         name = hash_json({"version": _VERSION, **key, "rows": rows_hash, "plan": sizes})[:16]
         self._file, self._part = folder / f"{name}.bin", folder / f"{name}.part"
+        self._hash = folder / f"{name}.json"
         self._batcher = batcher
         self._values: np.ndarray | None = None
 
@@ -58,14 +59,16 @@ class ReferenceCache:
             if not self.complete:
                 return np.zeros(len(numbers_R), np.float32)
             order = [row for groups in self._batcher.plan(0) for (row,) in groups]
-            values = np.fromfile(self._file, np.float32)
-            if not np.isfinite(values).all():
+            if (
+                self._hash.is_file()
+                and hash_file(self._file) != read_object(self._hash, sha256=str)["sha256"]
+            ):  # runs of earlier versions have no hash
                 raise SlimError(
-                    f"{short(self._file)} is damaged: a log-probability is not finite",
-                    "put the file back as it was, or start a new run",
+                    f"{short(self._file)} is not as this run wrote it",
+                    "remove it: its rows are scored again, by the same model",
                 )
             self._values = np.empty(len(self.rows), np.float32)
-            self._values[order] = values
+            self._values[order] = np.fromfile(self._file, np.float32)
         return self._values[numbers_R]
 
     def write(self, scorer: RowScorer, model: nn.Module, stop: Callable[[], bool]) -> Iterator[int]:
@@ -97,4 +100,5 @@ class ReferenceCache:
                     yield begun
                     if stop() and begun < len(self.rows):
                         return
+            write_json(self._hash, {"sha256": hash_file(self._part)})
             self._part.replace(self._file)
