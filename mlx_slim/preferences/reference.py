@@ -2,10 +2,10 @@
 
 Invariant: one file a list of rows, named by all that its numbers depend on. Micro-batches are
 appended in the order of a fixed plan and synchronised; a killed run resumes with the first one that
-is not whole, and a complete file gets its last name, and a hash beside it. So the numbers are the same bit for bit, no
-second copy of the weights exists, and a model with new adapters is its own reference: these change
-nothing before the first step. Try it: ``mlx-slim train smollm2-dpo -o runs/dpo``; the files are in
-``runs/dpo/reference``.
+is not whole; a complete file gets its last name, and a hash beside it: an edited one is refused. So
+the numbers are the same bit for bit, no second copy of the weights exists, and a model with new
+adapters is its own reference: these change nothing before the first step. Try it: ``mlx-slim train
+smollm2-dpo -o runs/dpo``; the files are in ``runs/dpo/reference``.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ class ReferenceCache:
             if not self.complete:
                 return np.zeros(len(numbers_R), np.float32)
             order = [row for groups in self._batcher.plan(0) for (row,) in groups]
-            if (
-                self._hash.is_file()
-                and hash_file(self._file) != read_object(self._hash, sha256=str)["sha256"]
-            ):  # runs of earlier versions have no hash
+            if self._edited():
                 raise SlimError(
                     f"{short(self._file)} is not as this run wrote it",
                     "remove it: its rows are scored again, by the same model",
@@ -70,6 +67,12 @@ class ReferenceCache:
             self._values = np.empty(len(self.rows), np.float32)
             self._values[order] = np.fromfile(self._file, np.float32)
         return self._values[numbers_R]
+
+    def _edited(self) -> bool:
+        """Return whether the file is not as it was written, where its hash is known."""
+        if not self._hash.is_file():  # a run of an earlier version
+            return False
+        return hash_file(self._file) != read_object(self._hash, sha256=str)["sha256"]
 
     def write(self, scorer: RowScorer, model: nn.Module, stop: Callable[[], bool]) -> Iterator[int]:
         """Score the rows that are not scored yet; yield how many are after each micro-batch.
