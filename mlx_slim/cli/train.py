@@ -246,24 +246,19 @@ def _validate(resolved: Resolved, as_json: bool) -> None:
     from mlx_slim.finetuning.validate import validate
     from mlx_slim.preferences.run import validate_pairs
 
-    if resolved.recipe.preference is not None:
-        with alive():
-            compared = validate_pairs(resolved.recipe)
-        if as_json:
-            click.echo(json.dumps({"event": "validated", **asdict(compared)}))
-            return
-        click.echo(
-            f"{compared.model}: the chosen answer has the higher mean log-probability in "
-            f"{compared.accuracy:.1%} of {compared.pairs:,} validation pairs (by "
-            f"{compared.margin:.4f} nats/token on average)"
-        )
-        return
     with alive():
-        result = validate(resolved.recipe)
-    if as_json:
-        click.echo(json.dumps({"event": "validated", **asdict(result)}))
-        return
-    click.echo(
-        f"{result.model}: validation loss {result.loss:.4f} nats/token "
-        f"({result.supervised:,} supervised tokens, {result.rows:,} rows)"
-    )
+        if resolved.recipe.preference is None:
+            result = validate(resolved.recipe)
+            text = (
+                f"{result.model}: validation loss {result.loss:.4f} nats/token "
+                f"({result.supervised:,} supervised tokens, {result.rows:,} rows)"
+            )
+        else:
+            result = validate_pairs(resolved.recipe)
+            text = (
+                f"{result.model}: the chosen answer has the higher mean log-probability in "
+                f"{result.accuracy:.1%} of {result.pairs:,} validation pairs (by "
+                f"{result.margin:.4f} nats/token on average)"
+            )
+    record = {"event": "validated", **asdict(result)}
+    click.echo(json.dumps(record) if as_json else text)

@@ -12,7 +12,7 @@ A turn's loss weight is that of its tokens. Legend: T tokens of a row, C charact
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -155,23 +155,8 @@ class RowEncoder:
 
     def _placed(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the ids of texts, int32 (T,), and the character that each token begins at."""
-        batch = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=False,
-            verbose=False,
-        )
-        placed = []
-        for text, ids, offsets in zip(
-            texts, batch["input_ids"], batch["offset_mapping"], strict=True
-        ):
-            flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-            begin_T = _first_characters(text, flat.reshape(-1, 2))
-            placed.append((np.asarray(ids, np.int32), begin_T))
-        return placed
+        tokenized = zip(texts, with_offsets(self.tokenizer, texts), strict=True)
+        return [(ids_T, _first_characters(text, at_T2)) for text, (ids_T, at_T2) in tokenized]
 
     def _windows(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return what ``_placed`` gives for a long text, whose tokens it never holds as objects.
@@ -257,6 +242,27 @@ def _joint(here: tuple[np.ndarray, np.ndarray], later: tuple[np.ndarray, np.ndar
         if np.logical_and(*same).all():
             return begin
     return None
+
+
+def with_offsets(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield ids int32 (T,) of each text, and start and end character of each token (T, 2), int64.
+
+    Args:
+        tokenizer: A fast one of transformers.
+        texts: Tokenized as they are: no special tokens are added, nothing is cut.
+    """
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=False,
+        verbose=False,
+    )
+    for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+        flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+        yield np.asarray(ids, np.int32), flat.reshape(-1, 2)
 
 
 def _first_characters(text: str, offsets_T2: np.ndarray) -> np.ndarray:

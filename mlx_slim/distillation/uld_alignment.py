@@ -20,14 +20,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mlx_slim.data.formats import Example
 from mlx_slim.data.rendered import Rendered
-from mlx_slim.data.tokenize import RowEncoder
+from mlx_slim.data.tokenize import RowEncoder, with_offsets
 
 Merge = Literal["observed", "bayesian"]
 NO_GROUP, BASE = -1, -1
@@ -161,22 +161,10 @@ class AnswerReader:
 
     def _ends(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         tokenizer = self.encoder.tokenizer
-        batch = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            truncation=False,
-            verbose=False,
-        )
         ends = []
-        for text, ids, offsets in zip(
-            texts, batch["input_ids"], batch["offset_mapping"], strict=True
-        ):
-            flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-            pieces = tokenizer.convert_ids_to_tokens(ids)
-            ends.append((np.asarray(ids, np.int32), byte_ends(text, pieces, flat.reshape(-1, 2))))
+        for text, (ids_T, offsets_T2) in zip(texts, with_offsets(tokenizer, texts), strict=True):
+            pieces = tokenizer.convert_ids_to_tokens(ids_T.tolist())
+            ends.append((ids_T, byte_ends(text, pieces, offsets_T2)))
         return ends
 
     def _answers(

@@ -33,7 +33,6 @@ from mlx_slim.distillation.uld_loss import (
     ULDLoss,
 )
 from mlx_slim.models.logits import logsumexp
-from mlx_slim.training.losses import TokenLoss, linear_loss
 from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows
 from mlx_slim.training.step import target_weights as weights_of
 
@@ -121,23 +120,10 @@ class ULDObjective(CrossEntropy):
                     )
                     through_scale = through_scale + self._through_scale(rows, targets, gradient_M)
             columns += merged
-        sums = self._loss(rows, self.uld, (targets_N, *columns, *weights), gradient)
-        return sums + mx.stack([through_scale, mx.array(0.0), mx.array(0.0)])
-
-    def _loss(
-        self, rows: mx.array, token_loss: TokenLoss, columns: tuple[mx.array, ...], gradient: bool
-    ) -> mx.array:
-        if self.split is None:
-            return token_loss.value(rows, *columns)
-        return linear_loss(
-            rows,
-            self.split.head,
-            token_loss,
-            columns,
-            chunk=self._chunk,
-            gradient=gradient,
-            dense_VD=self._dense_VD,
+        sums = self.head_loss(
+            rows, (targets_N, *columns, *weights), gradient=gradient, token_loss=self.uld
         )
+        return sums + mx.stack([through_scale, mx.array(0.0), mx.array(0.0)])
 
     def _each(
         self,
@@ -194,7 +180,9 @@ class ULDObjective(CrossEntropy):
         """Return 0, whose gradient by the hidden states is that of the loss through c."""
         columns = (targets.tokens_M, -gradient_M)
         token_loss = TemperedNLL(self.uld.temperature)
-        value = self._loss(rows[targets.scaling_M], token_loss, columns, True)
+        value = self.head_loss(
+            rows[targets.scaling_M], columns, gradient=True, token_loss=token_loss
+        )
         return value - mx.stop_gradient(value)
 
 

@@ -7,15 +7,18 @@ Try it: ``mlx-slim train smollm2-lora model=runs/other/model --validate``.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batcher
+from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data
-from mlx_slim.models.load import load
+from mlx_slim.models.load import Loaded, load
 from mlx_slim.runtime import resolve_dtype
 from mlx_slim.training.step import CrossEntropy
 from mlx_slim.training.validation import LossScorer, validation_loss
@@ -38,8 +41,9 @@ class Validated:
     rows: int
 
 
-def validate(recipe: Recipe) -> Validated:
-    """Return the loss of ``recipe.model`` as it is, dense or quantized, on the validation rows.
+@contextlib.contextmanager
+def validation_rows(recipe: Recipe) -> Iterator[tuple[Loaded, TokenStore]]:
+    """Yield ``recipe.model`` as it is, dense or quantized, and the rows that a run validates on.
 
     Raises:
         SlimError: If the model or the rows cannot be used, or there are no validation rows.
@@ -50,6 +54,16 @@ def validate(recipe: Recipe) -> Validated:
         rows = prepare_data(recipe, tuned, Path(name), unchanged=False).validation
         if not rows:
             raise SlimError("this recipe has no validation rows", "set data.validation=0.02")
+        yield loaded, rows
+
+
+def validate(recipe: Recipe) -> Validated:
+    """Return the loss of ``recipe.model`` as it is, dense or quantized, on the validation rows.
+
+    Raises:
+        SlimError: If the model or the rows cannot be used, or there are no validation rows.
+    """
+    with validation_rows(recipe) as (loaded, rows):
         config = recipe.train
         batcher = Batcher(rows, config.batch_tokens, config.max_length, "grouped", config.seed)
         objective = CrossEntropy(

@@ -6,7 +6,6 @@ Invariant: the recipe decides: one with a ``preference`` section compares answer
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +16,13 @@ from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.batches import Batcher
 from mlx_slim.errors import SlimError
-from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import Result
-from mlx_slim.models.load import load
+from mlx_slim.finetuning.validate import validation_rows
 from mlx_slim.preferences.scorer import RowScorer
 from mlx_slim.preferences.strategy import PreferenceStrategy, allows_prefix_sharing
 from mlx_slim.progress import tracked
-from mlx_slim.runtime import default_num_threads, resolve_dtype
+from mlx_slim.runtime import default_num_threads
 
 
 def train(
@@ -64,13 +62,9 @@ def validate_pairs(recipe: Recipe) -> PairAccuracy:
             "--validate compares pairs, and rows with labels (kto) are none",
             "name pairs: preference.loss=sigmoid data.path=PAIRS",
         )
-    loaded = load(recipe.model, revision=recipe.revision, dtype=resolve_dtype(recipe.train.dtype))
-    tuned, train = Tuned(loaded, loaded.config, None, 0), recipe.train
-    loaded.model.eval()
-    with tempfile.TemporaryDirectory() as name:
-        rows = prepare_data(recipe, tuned, Path(name), unchanged=False).validation
-        if not rows:
-            raise SlimError("this recipe has no validation rows", "set data.validation=0.02")
+    train = recipe.train
+    with validation_rows(recipe) as (loaded, rows):
+        loaded.model.eval()
         settings = train.loss_chunk, loaded.config.get("vocab_size", 8), default_num_threads()
         sharing = allows_prefix_sharing(recipe, loaded.model)
         scorer = RowScorer(rows, loaded.model, *settings, prefix_sharing=sharing)

@@ -150,7 +150,7 @@ def _run(model: Path, data: Path, base_url: str, **distillation: Any) -> Resolve
     return recipe_with_teachers(model, data, teachers, **settings)
 
 
-def test_fewer_log_probabilities_than_wanted_are_said(teacher: Path) -> None:
+def test_fewer_log_probabilities_than_requested_are_refused(teacher: Path) -> None:
     def capped(number: int, body: dict[str, Any]) -> Any:
         key = "prompt_logprobs" if "prompt_logprobs" in body else "logprobs"
         return ScoringServer(teacher)(number, {**body, key: 5})

@@ -53,7 +53,7 @@ def _events(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", ["full", "qlora", "dora"])
-def test_the_model_before_its_first_step_is_its_own_reference(
+def test_the_reference_is_the_model_before_its_first_step(
     tiny: TinyModels, data: Path, tmp_path: Path, method: str
 ) -> None:
     out = tmp_path / "run"

@@ -34,7 +34,7 @@ def score_file(tmp_path: Path, body: str) -> str:
     ("metric", "expected"),
     [(None, [1, 0, 0]), ("strict_match", [1, 0, 0]), ("flexible_match", [1, 1, 0])],
 )
-def test_a_task_scores_by_its_own_metric(metric: str | None, expected: list[int]) -> None:
+def test_a_task_scores_by_its_metric(metric: str | None, expected: list[int]) -> None:
     reward = TaskReward("gsm8k", metric)
     assert reward(ROW, ANSWERS) == expected
     assert "<|im_end|>" in reward.until
