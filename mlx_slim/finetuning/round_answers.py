@@ -11,7 +11,7 @@ answers depend on besides the weights, and a folder that says otherwise is begun
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -176,8 +176,6 @@ class Round:
         answers: The answers; row i of this store is prompt and answer i.
         lengths: Tokens of each row, int64 (R,).
         supervised: Tokens of each answer, int64 (R,).
-        weights_S: Loss weight of each supervised token, float32, where they are not all 1; a
-            strategy may set it.
     """
 
     def __init__(
@@ -194,8 +192,6 @@ class Round:
         self._prompts = list(prompts)
         self.supervised = np.array([len(one.ids) for one in self.answers], np.int64)
         self.lengths = self.supervised + np.array([len(p) for p in self._prompts], np.int64)
-        self.weights_S: np.ndarray | None = None
-        self._firsts = np.cumsum(self.supervised) - self.supervised
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -207,16 +203,5 @@ class Round:
         return ids_T, np.arange(len(ids_T)) >= len(prompt)
 
     def weights(self, i: int) -> np.ndarray | None:
-        """Return the loss weights of row ``i``, float32 (T,); None where all targets' are 1."""
-        if self.weights_S is None:
-            return None
-        first = int(self._firsts[i])
-        answer = self.weights_S[first : first + int(self.supervised[i])]
-        return np.concatenate([np.zeros(len(self._prompts[i])), answer]).astype(np.float32)
-
-    def of_rows(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield each training row with the numbers of its answers here."""
-        numbers: dict[int, list[int]] = {}
-        for number, answer in enumerate(self.answers):
-            numbers.setdefault(answer.row, []).append(number)
-        yield from numbers.items()
+        """Return None: all targets of row ``i`` weigh 1."""
+        return None

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 
 from mlx_slim import events
@@ -58,8 +57,6 @@ class OfAnswers:
         if self.alone and answers.number not in self.scored:
             self.waiting = answers.number
             return Begun.PUT_AWAY
-        weights = [1 + one.number for one in answers.answers for _ in one.ids]
-        answers.weights_S = np.array(weights, np.float32)
         return Begun.READY
 
     def score_alone(self, observer: events.Observer) -> bool:
