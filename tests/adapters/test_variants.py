@@ -14,6 +14,7 @@ from mlx_slim.adapters.lora import LoRAEmbedding, LoRALinear
 from mlx_slim.adapters.variants import learning_rate_scale, principal_factors, start_pissa
 from mlx_slim.config.schema import AdapterConfig
 from tests.adapters.support import dense, linear, relative_error, shake
+from tests.support.memory import reset_peak
 
 
 def decaying(rows: int, columns: int) -> mx.array:
@@ -74,8 +75,7 @@ def test_a_long_matrix_makes_no_square_of_its_long_side(
     monkeypatch.setattr(np.linalg, "svd", svd)
     weight = mx.random.normal(shape)
     mx.eval(weight)
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = reset_peak()
     mx.eval(principal_factors(weight, 8, 1.0))
     assert max(largest) <= weight.size
     assert mx.get_peak_memory() - before < 4 * weight.nbytes  # 144 MB is the square

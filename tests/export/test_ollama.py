@@ -24,6 +24,7 @@ from mlx_slim.models.load import load, load_tokenizer, read_config
 from tests.adapters.support import IDS
 from tests.support.adapters import tuned_logits, write_adapter, write_quantized
 from tests.support.go_template import read_modelfile, render_go
+from tests.support.memory import reset_peak
 from tests.support.tiny import VOCAB, tiny_model
 
 REVERSED = "{% for m in messages | reverse %}{{ m.content }}\n{% endfor %}"
@@ -217,8 +218,7 @@ def test_one_matrix_in_float32_at_most_is_beside_the_model(
     monkeypatch.setattr(kquants, "_CHUNK", 64)
     monkeypatch.setattr(kquants.os, "cpu_count", lambda: 1)
     tracemalloc.start()
-    mx.reset_peak_memory()
-    held = mx.get_active_memory()
+    held = reset_peak()
     try:
         write_gguf(
             tmp_path / "m.gguf", loaded.model, loaded.tokenizer, loaded.config, "q4_k_m", "m"

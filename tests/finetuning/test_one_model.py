@@ -24,6 +24,7 @@ from mlx_slim.pruning import report as prune_report
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.run import CompressOptions, compress
 from tests.support.adapters import write_adapter, write_quantized
+from tests.support.memory import reset_peak
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
@@ -65,9 +66,7 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture
 def peak(device: str) -> Callable[[], int]:
     """Return the most that MLX held since the test began, besides what was there before."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = reset_peak()
     return lambda: mx.get_peak_memory() - before
 
 

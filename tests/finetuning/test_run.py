@@ -16,6 +16,7 @@ from mlx_slim.artifacts import load_tensors
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.training.loop import Loop
+from tests.support.memory import reset_peak
 from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
@@ -112,8 +113,7 @@ def test_halving_batch_tokens_halves_activation_memory(tiny: TinyModels, tmp_pat
     peaks = []
     for budget in (2048, 1024):
         batch = Batcher(rows, budget, 65, "grouped", 0).largest_batch()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = reset_peak()
         Stepper(model, CrossEntropy(model, chunk=64)).micro(batch)
         peaks.append(mx.get_peak_memory() - before)
     assert 0.4 < peaks[1] / peaks[0] < 0.6

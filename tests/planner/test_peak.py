@@ -19,6 +19,7 @@ from mlx_slim.planner.shapes import Block, leaves
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import Optimizer
 from mlx_slim.training.step import CrossEntropy, Stepper
+from tests.support.memory import reset_peak
 from tests.support.planner import build, config_of, recipe
 
 
@@ -184,8 +185,7 @@ def assert_peaks_agree(
         mx.eval(optimizer.arrays())
         mx.clear_cache()
         weights = sum(v.nbytes for _, v in leaves(model))
-        before = mx.get_active_memory()  # other tests' models may still be alive
-        mx.reset_peak_memory()
+        before = reset_peak()  # other tests' models may still be alive
         stepper.micro(rows)
         measured = mx.get_peak_memory() - before
     prediction = predict(config, plan, gpu=False, budget=1, suggest=False)

@@ -18,6 +18,7 @@ from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.pruning.importance import METHODS, group_importance
 from mlx_slim.pruning.scores import name_of
 from mlx_slim.runtime import to_float
+from tests.support.memory import reset_peak
 from tests.support.prune import (
     ROWS,
     draw_norms,
@@ -184,9 +185,7 @@ def test_memory_does_not_grow_with_layers_times_weights(tmp_path: Path) -> None:
         model = load_tiny(
             tmp_path / str(layers), num_hidden_layers=layers, hidden_size=256, intermediate_size=768
         ).model
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = reset_peak()
         group_importance(model, "taylor2", KINDS, ROWS[:2])
         return mx.get_peak_memory() - before
 

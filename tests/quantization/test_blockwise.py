@@ -23,7 +23,8 @@ from mlx_slim.quantization.fake import CONSTANTS
 from mlx_slim.quantization.methods import quantize_with
 from mlx_slim.quantization.policy import embed_formats, leaves
 from mlx_slim.runtime import to_float
-from tests.quantization.test_loading import held, peak_of
+from tests.quantization.test_loading import held
+from tests.support.memory import peak_of
 from tests.support.tiny import TinyModels, tiny_model
 
 TOKENS = mx.random.randint(0, 256, (10, 16), key=mx.random.key(0)).astype(mx.int32)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +22,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import _PIECE, load_quantized, quantize_model
+from tests.support.memory import peak_of
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import tiny_model
 
@@ -35,15 +35,6 @@ SHAPE: dict[str, Any] = {
 }
 # Allocations are rounded up to pages; nothing else may exist besides.
 SLACK = 1 << 16
-T = TypeVar("T")
-
-
-def peak_of(work: Callable[[], T]) -> tuple[T, int]:
-    """Return what ``work`` gives, and the bytes that MLX held at most while it worked."""
-    mx.clear_cache()
-    before = mx.get_active_memory()  # other tests' models may still be alive
-    mx.reset_peak_memory()
-    return work(), mx.get_peak_memory() - before
 
 
 def held(model: nn.Module) -> int:

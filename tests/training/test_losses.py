@@ -21,6 +21,7 @@ from mlx_slim.training.losses import (
     linear_cross_entropy,
     linear_loss,
 )
+from tests.support.memory import reset_peak
 
 N, D, V = 37, 64, 96
 
@@ -143,8 +144,7 @@ def test_only_one_chunk_of_logits_is_alive() -> None:
     hidden = mx.random.normal((rows, D))
     targets = mx.random.randint(0, vocabulary, (rows,))
     mx.eval(hidden, targets, head.module.parameters())
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = reset_peak()
     gradient = mx.grad(lambda h: linear_cross_entropy(h, targets, head, chunk=chunk))(hidden)
     mx.eval(gradient)
     all_logits = rows * vocabulary * 4
@@ -182,9 +182,7 @@ def peak_in_chunks(
     function = mx.value_and_grad(loss, argnums=(0, 1)) if gradient else loss
     if compiled:
         function = mx.compile(function)
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
+    before = reset_peak()
     mx.eval(function(parameters, hidden, *columns))
     head.module.update(parameters)
     return (mx.get_peak_memory() - before) / (CHUNK * head.vocabulary * 4)

@@ -23,6 +23,7 @@ from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batc
 from mlx_slim.models.kv_cache import cache_format, quantize_cache
 from mlx_slim.models.load import load
 from mlx_slim.runtime import to_float
+from tests.support.memory import reset_peak
 from tests.support.stock import stock_load
 from tests.support.tiny import MIXTURES, fixed_answer_model, tiny_model
 
@@ -200,9 +201,7 @@ def test_memory_stays_within_the_budget_and_answers_are_the_same(
     model, tokenizer = stock_load(str(tiny(architecture)))
     prompts = _many(tokenizer)
     expected = [_reference(model, prompts[i], 4, set()) for i in (0, 11, 23)]
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
+    before = reset_peak()
     answers = generate_batch(model, tokenizer, prompts, 4, (), cache_bytes=int(budget))
     assert mx.get_peak_memory() - before <= budget
     assert [answers[i].ids for i in (0, 11, 23)] == expected
@@ -235,8 +234,7 @@ def test_the_prefix_is_held_once(
     peaks = []
     for shared in (True, False):
         monkeypatch.setattr(generate, "supports_shared_prefix", lambda model, shared=shared: shared)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        before = reset_peak()
         answers = generate_batch(model, tokenizer, prompts, 3, ())
         peaks.append(mx.get_peak_memory() - before)
         assert answers[5].ids == _reference(model, prompts[5], 3, set())
