@@ -35,6 +35,7 @@ from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.prompts import split, unchanged
 from mlx_slim.finetuning.round_answers import Round, RoundFolder, SampledAnswer
+from mlx_slim.planner.drawing import batch_of_answers
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, read_object
@@ -46,7 +47,6 @@ FOLDER = "rounds"  # inside a run folder
 CHUNK = 64  # answers that are computed and stored at a time: what a kill may lose
 COMPILED_SHAPES = 2  # of batches of answers, where the step is compiled
 _COIN = 0x636F696E  # of the random stream of the coin
-_ROOM = 0.8  # of the free memory, for caches of answers
 _VERSION = 1  # of the files: raise it when the same ``about.json`` would give other answers
 
 
@@ -123,7 +123,7 @@ class AnswerRounds:
         scorer: Of the strategy.
         observer: Receives an event for each round.
         compiled: Whether the step is compiled: batches then have few shapes.
-        budget: Memory that the run may use, bytes.
+        budget: Memory that is planned for the run, bytes: no more is used while answers are drawn.
 
     Raises:
         SlimError: If a row has no prompt.
@@ -313,10 +313,9 @@ class AnswerRounds:
 
         file = self._folder / "batch.json"
         if not file.is_file():
-            room = int(_ROOM * (self._budget - mx.get_active_memory()))
-            positions = self._longest_row()
-            most = min(CHUNK, footprint(self._model).answers(room, positions, 0, False))
-            write_json(file, {"batch_size": 1 << (most.bit_length() - 1)})
+            room = self._budget - mx.get_active_memory()
+            needs = footprint(self._model), room, self._longest_row()
+            write_json(file, {"batch_size": batch_of_answers(*needs, CHUNK)})
         return int(read_object(file, batch_size=int)["batch_size"])
 
     # --------------------------------------------------------------------------------- batches

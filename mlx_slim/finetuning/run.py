@@ -311,7 +311,7 @@ def _build(
             strategy.scorer,
             observer,
             compiled=loop.compiled,
-            budget=budget,
+            budget=min(budget, prediction.predicted_peak_bytes),
         )
     return _Built(tuned, data, prediction, loop)
 

@@ -19,6 +19,7 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.models.attention import fused_here, has_fused_backward
 from mlx_slim.models.build import build
+from mlx_slim.planner.drawing import drawing_bytes, with_answers
 from mlx_slim.planner.peak import breakdown
 from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_shapes
 from mlx_slim.planner.suggest import Suggestion, suggestions
@@ -90,7 +91,8 @@ class Prediction:
             if the run quantizes it).
         download_bytes: The model's 16-bit weights; 0 if it is a local folder.
         breakdown: Bytes of the peak by kind: weights, gradients, optimizer, activations, logits,
-            and ``loading``: what loading needs besides the weights where that is the peak.
+            and ``answers``: a batch of drawn answers, where that is the peak; ``loading``: what
+            loading needs besides the weights, where that is.
         parameters: Numbers of the dense base.
         trainable_parameters: Numbers that are trained.
         dtype: Of computation.
@@ -167,6 +169,7 @@ def predict(
     if work is None:
         with contextlib.suppress(SlimError):
             work = expected_work(recipe, lengths, local=local)
+    work = work and with_answers(recipe, work)
     cached: dict[tuple[str, str], TrainingShapes] = {}  # by the settings that change them
 
     def shapes_of(recipe: Recipe) -> TrainingShapes:
@@ -181,7 +184,10 @@ def predict(
     def breakdown_of(recipe: Recipe) -> dict[str, int]:
         shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
         device = gpu, gpu_bytes, is_fused(recipe)
-        return _largest(shapes, breakdown(shapes, recipe, size, lengths, *device))
+        training = breakdown(shapes, recipe, size, lengths, *device)
+        room = limit - training["weights"] - training["optimizer"]
+        drawing = drawing_bytes(config, recipe, size, lengths, max(0, room))
+        return _largest(shapes, training, drawing)
 
     def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
@@ -227,8 +233,10 @@ def predict(
     )
 
 
-def _largest(shapes: TrainingShapes, training: dict[str, int]) -> dict[str, int]:
-    """Return the breakdown of the larger peak: of training, or of loading."""
+def _largest(shapes: TrainingShapes, training: dict[str, int], drawing: int) -> dict[str, int]:
+    """Return the breakdown of the largest peak: of training, of drawing answers, or of loading."""
+    answering = {**training, "gradients": 0, "activations": 0, "logits": 0, "answers": drawing}
+    training = max({**training, "answers": 0}, answering, key=lambda kinds: sum(kinds.values()))
     if shapes.loading_bytes <= sum(training.values()):
         return {**training, "loading": 0}
     more = shapes.loading_bytes - shapes.base_bytes

@@ -88,7 +88,7 @@ def plan(
     def prediction(speed: Speed | None = None, **device: Any) -> Prediction:
         return predict_run(config, recipe, budget=limit, speed=speed, work=work, **device)
 
-    counted = prediction(suggest=False) if recipe.has_rounds else None
+    counted = prediction(suggest=False) if distill is not None and recipe.has_rounds else None
     if counted is not None and "teachers" not in counted.breakdown:
         note += "; the teachers' memory is not counted: their configuration is not here"
     if mac is not None:

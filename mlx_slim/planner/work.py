@@ -23,6 +23,10 @@ from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
 FILLED = 0.93  # fraction of computed tokens that are real
 # Passes over memory per stored activation: written, read and differentiated.
 PASSES = 4.0
+# Forward passes that a drawn token costs, about: products of a few rows are slower than those of a
+# micro-batch. On a CPU drawing was half of the time of GRPO (docs/lab-log.md): 3 to 8.
+DRAWN = 4.0
+DRAWN_BATCH = 32  # answers of a batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class TrainingWork:
         basis: How they were counted, as text.
         supervised: Fraction of the tokens that is supervised, where prompts are masked.
         common: Tokens that all rows begin with.
+        drawn: Tokens of answers that the model draws besides.
     """
 
     tokens: int
@@ -44,6 +49,7 @@ class TrainingWork:
     basis: str
     supervised: float = SUPERVISED
     common: int = 0
+    drawn: int = 0
 
     def sharing(self, batch_tokens: int, *, pairs: bool = False) -> TrainingWork:
         """Return the work that is left where micro-batches compute the common tokens once.
@@ -172,7 +178,8 @@ def operations(
     """Return what training computes, without loading, validation and saving.
 
     Matrix products: 2P forward and 2P backward for each token, 2P more for weight gradients of
-    full fine-tuning and for recomputation; 4·V·d for a supervised token. Attention: 12·T·q, and
+    full fine-tuning and for recomputation; 4·V·d for a supervised token. A drawn token: ``DRAWN``
+    forward passes, and each step of a batch reads the weights. Attention: 12·T·q, and
     4·T·q to recompute; fused, 14·T·q and 4·T·q of which a causal mask leaves half.
 
     Args:
@@ -212,10 +219,16 @@ def operations(
     # Each micro-batch reads the weights; each step reads and writes all that is trained.
     update = shapes.trainable_bytes + shapes.gradient_bytes + shapes.optimizer_bytes
     weights = batches * (shapes.base_bytes * passes + 2 * update / train.accumulate)
+    weights += work.drawn / DRAWN_BATCH * shapes.base_bytes
+    drawn = DRAWN * work.drawn
+    drawn_flops = 2 * linear + attention / 3 + head * 2
+    drawn_exponentials = forward_exponentials + shapes.vocabulary
     return Operations(
-        flops=computed * flops + scored * forward_flops,
-        exponentials=computed * exponentials + scored * forward_exponentials,
-        elements=computed * elements + scored * elements / 2,
+        flops=computed * flops + scored * forward_flops + drawn * drawn_flops,
+        exponentials=(
+            computed * exponentials + scored * forward_exponentials + drawn * drawn_exponentials
+        ),
+        elements=computed * elements + (scored + drawn) * elements / 2,
         unpacked=batches * (linear + head) * (2 + recomputed) * 2 if shapes.quantized else 0.0,
         moved_bytes=weights + computed * elements * size,
         batch_tokens=max(1, min(train.batch_tokens, int(computed))),

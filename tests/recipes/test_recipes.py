@@ -184,7 +184,7 @@ def test_plan_prints_fits_and_the_cheapest_knob() -> None:
         *("breakdown", "suggestions"),
     }
     assert set(record["breakdown"]) == {
-        *("weights", "gradients", "optimizer", "activations", "logits", "loading"),
+        *("weights", "gradients", "optimizer", "activations", "logits", "answers", "loading"),
     }
     assert sum(record["breakdown"].values()) == record["predicted_peak_bytes"]
     result = run(plan.command, ["tinyllama-lora", "--budget", "7GB"])

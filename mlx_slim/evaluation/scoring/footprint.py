@@ -7,6 +7,7 @@ steps of mlx-lm's, which a test compares. Try it:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mlx_slim.reading import ModelConfig
@@ -51,8 +52,15 @@ class Footprint:
             shared: Whether the prefix is stored once.
         """
         once = self.cache_bytes(before) * (1 if shared else 2)
-        each = self.cache_bytes(behind + STEP if shared else before + behind + STEP) * _GROWING
-        return max(1, int((budget - once) / (each + _LOGIT_BYTES * self.vocabulary)))
+        each = self._each(behind if shared else before + behind)
+        return max(1, int((budget - once) / each))
+
+    def batch_bytes(self, count: int, positions: int) -> int:
+        """Return the bytes for which ``answers`` gives ``count``, nothing before them shared."""
+        return 2 * self.cache_bytes(0) + math.ceil(count * self._each(positions))
+
+    def _each(self, positions: int) -> float:
+        return self.cache_bytes(positions + STEP) * _GROWING + _LOGIT_BYTES * self.vocabulary
 
 
 def planned_footprint(config: ModelConfig, itemsize: int) -> Footprint:
