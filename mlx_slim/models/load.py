@@ -57,6 +57,7 @@ __all__ = [
     "model_hash",
     "open_weights",
     "read_config",
+    "read_tokenizer",
     "read_weights",
     "resolve",
 ]
@@ -146,7 +147,7 @@ def load(
     use_fast_matmul(model)
     use_fast_swiglu(model)
     with stage(f"loading the tokenizer of {public_name(source)}"):
-        tokenizer, more = _load_tokenizer(folder, config, trust_remote_code)
+        tokenizer, more = read_tokenizer(folder, config, trust_remote_code)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -210,7 +211,7 @@ def load_tokenizer(
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
     config = _normalized(folder, _raw_config(folder), None, None).config
-    return _load_tokenizer(folder, config, trust_remote_code)[0]
+    return read_tokenizer(folder, config, trust_remote_code)[0]
 
 
 def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
@@ -370,7 +371,7 @@ def fill(model: nn.Module, folder: Path, tensors: dict[str, mx.array]) -> nn.Mod
     return nn.Module.load_weights(model, list(tensors.items()), strict=False)
 
 
-def _load_tokenizer(
+def read_tokenizer(
     folder: Path, config: ModelConfig, trust: bool
 ) -> tuple[TokenizerWrapper, list[str]]:
     """Return the tokenizer, fitted to its model, and what to say of it."""

@@ -67,25 +67,33 @@ def routed(blocks: list[nn.Module], route: Route) -> Iterator[None]:
             block.__class__ = original
 
 
+def entangled(model: nn.Module) -> str:
+    """Return what the blocks do that keeps them from being computed one at a time, in words.
+
+    Empty where each reads what the block before it returned, and no more. Nothing is computed: no
+    weight is read.
+    """
+    if reads_other_blocks(model):
+        return "attend to keys of other blocks"
+    try:
+        passed = [hidden for _, hidden in _visits(model, mx.zeros((1, 4), mx.int32))]
+    except (TypeError, ValueError):
+        passed = []  # a block that returns more than hidden states
+    count = len(structure.blocks(model))
+    if len(passed) != count or any(one is not passed[0] for one in passed):
+        return "pass on more than hidden states"
+    return ""
+
+
 def refuse_entangled(model: nn.Module) -> None:
     """Raise a ``SlimError`` unless each block reads what the block before it returned, and no more.
 
     Nothing is computed: no weight is read.
     """
-    kind, count = type(model).__module__.rsplit(".", 1)[-1], len(structure.blocks(model))
-    reason = ""
-    if reads_other_blocks(model):
-        reason = "attend to keys of other blocks"
-    else:
-        try:
-            passed = [hidden for _, hidden in _visits(model, mx.zeros((1, 4), mx.int32))]
-        except (TypeError, ValueError):
-            passed = []  # a block that returns more than hidden states
-        if len(passed) != count or any(one is not passed[0] for one in passed):
-            reason = "pass on more than hidden states"
-    if reason:
+    if reason := entangled(model):
         raise SlimError(
-            f"blocks of {kind} {reason}: they cannot be computed one at a time",
+            f"blocks of {type(model).__module__.rsplit('.', 1)[-1]} {reason}: they cannot be "
+            "computed one at a time",
             "use another --method",
         )
 

@@ -7,9 +7,11 @@ Invariant: the folder appears whole or not at all, the live weights stay as they
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import ResourceError
 from mlx_slim.models.quantized import format_of
+from mlx_slim.models.shards import Shards, open_shards
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import dtype_name, free_disk, human_bytes
@@ -38,7 +41,7 @@ def save_model(
     config: ModelConfig,
     *,
     code_from: Path | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write ``model`` as sharded safetensors with config, index, tokenizer and chat template.
 
     Args:
@@ -48,12 +51,39 @@ def save_model(
         config: The config it was loaded with; not changed.
         code_from: Folder whose ``*.py`` and ``generation_config.json`` go along.
 
+    Returns:
+        Name -> SHA-256 of each tensor.
+
     Raises:
         ResourceError: If the disk is too small.
         SlimError: If the folder exists or cannot be written.
     """
+    with new_folder(folder, model, tokenizer, config, code_from=code_from) as shards:
+        tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+        for name, value in tensors:
+            shards.write(name, value)
+    return shards.hashes
+
+
+@contextlib.contextmanager
+def new_folder(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: ModelConfig,
+    *,
+    code_from: Path | None = None,
+) -> Iterator[Shards]:
+    """Yield the open files of a model folder, for each tensor of ``model``; else as ``save_model``.
+
+    Args:
+        folder: Must not exist.
+        model: Its weights may be unread: names, shapes and dtypes are looked at.
+        tokenizer: As ``save_model`` takes it.
+        config: As ``save_model`` takes it.
+        code_from: As ``save_model`` takes it.
+    """
     from mlx_lm.utils import save_config
-    from mlx_lm.utils import save_model as write_weights
 
     needed = sum(value.nbytes for value in _arrays(model)) + _SLACK
     with atomic_folder(folder) as temporary:
@@ -63,14 +93,11 @@ def save_model(
                 f"{folder} needs {human_bytes(needed)}, the disk has {human_bytes(free)} left",
                 "free some space or choose another output",
             )
-        try:
-            with stage(f"writing {human_bytes(needed - _SLACK)} of weights"):
-                write_weights(temporary, model, donate_model=False)
-        except RuntimeError as error:  # MLX's writer names no errno
-            raise SlimError(
-                f"cannot write the weights to {folder}: {' '.join(str(error).split())}",
-                "check the disk's free space and that it is writable",
-            ) from error
+        with (
+            stage(f"writing {human_bytes(needed - _SLACK)} of weights"),
+            open_shards(temporary, model) as shards,
+        ):
+            yield shards
         save_config(saved_config(model, config), temporary / "config.json")
         tokenizer.save_pretrained(temporary)
         if code_from is not None:

@@ -1,9 +1,9 @@
 """Save a model so that its folder appears only if it reads back as what was measured.
 
-Invariant: every parameter read back is equal to the one in memory, logits too; else nothing is
-left. One model is in memory at a time: tensors are compared as they are read, one by one, and the
-logits are kept while the saved model takes the place of the other. Models compute in float32 on a
-CPU and are stored in the dtype that they came in. Try it:
+Invariant: every tensor read back is the one that was written, byte for byte, and the logits that
+the folder gives on a few tokens are those of the model; else nothing is left. An unread model is
+written a block at a time, and every folder is read back that way: beside a model in memory there is
+one block. Models compute in float32 on a CPU and are stored in the dtype that they came in. Try it:
 ``mlx-slim quantize MODEL -o DIR``.
 """
 
@@ -13,18 +13,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.artifacts import atomic_folder
 from mlx_slim.errors import SlimError
+from mlx_slim.hashing import hash_bytes
+from mlx_slim.models import structure
+from mlx_slim.models.finite import check_finite
 from mlx_slim.models.lineage import carry
-from mlx_slim.models.load import Loaded, cast, load, open_weights, read_weights
+from mlx_slim.models.load import Loaded, cast, open_weights, read_weights
 from mlx_slim.models.logits_close import Change, logits_close
-from mlx_slim.models.recorded_logits import free_weights
-from mlx_slim.models.save import save_model
+from mlx_slim.models.save import new_folder, save_model
+from mlx_slim.models.shards import raw_bytes
+from mlx_slim.models.streamed import (
+    Logits,
+    Unread,
+    Walk,
+    outside_blocks,
+    rounded,
+    tensors_of,
+    unread,
+)
 from mlx_slim.models.tensors import FLOATS, Tensor, common_dtype
-from mlx_slim.reading import ModelConfig
+from mlx_slim.reading import ModelConfig, short
 from mlx_slim.runtime import DTYPES, on_gpu
 
 _PROBE = 16  # tokens on which the saved model is compared
@@ -42,37 +53,44 @@ def stored_dtype(tensors: dict[str, Tensor]) -> mx.Dtype:
 
 def save_checked(
     out: Path,
-    loaded: Loaded,
+    loaded: Loaded | Unread,
     config: ModelConfig,
     stored: mx.Dtype,
     beside: Callable[[Path], None] | None = None,
     adapters: Sequence[Path] = (),
+    *,
+    judged_NT: mx.array | None = None,
+    judge: Callable[[Logits], None] | None = None,
 ) -> None:
-    """Save ``loaded.model`` in ``stored``, read it back, compare, and let the folder appear.
+    """Save a model in ``stored``, read it back, compare, and let the folder appear.
 
     Args:
         out: Must not exist.
-        loaded: The model, with its tokenizer and source. Its weights are cast to ``stored`` and
-            back, and replaced by those that were read back.
+        loaded: The model, with its tokenizer and source; one in memory is rounded to ``stored``.
         config: Of the model as it is now.
         stored: Dtype of the floating weights on disk.
         beside: Writes what else belongs into the folder.
         adapters: What was folded into the model.
+        judged_NT: Rows that an unread model reads while it is written.
+        judge: Is given its logits (1, T, V) as a function of one of these rows (1, T); what it
+            raises leaves no folder.
 
     Raises:
         ResourceError: If the disk is too small.
         SlimError: If what is read back differs; nothing is left behind.
     """
-    compute = compute_dtype()
-    cast(loaded.model, stored)
-    read_weights(loaded.model)
+    rows = [mx.arange(_PROBE)[None]]
+    rows += [row_T[None] for row_T in (() if judged_NT is None else judged_NT)]
     with atomic_folder(out) as temporary:
         folder = temporary / "model"
-        save_model(folder, loaded.model, loaded.tokenizer, config, code_from=loaded.path)
-        if compute is not None:
-            cast(loaded.model, compute)
-            read_weights(loaded.model)
-        _same(loaded.model, folder, out)
+        write = _write if isinstance(loaded, Loaded) else _write_unread
+        hashes, logits = write(folder, loaded, config, stored, rows)  # pyright: ignore
+        expected = logits(rows[0])
+        mx.eval(expected)
+        if judge is not None:
+            judge(logits)
+        del logits
+        _same(out, folder, hashes, expected)
         for file in list(folder.iterdir()):
             file.rename(temporary / file.name)
         folder.rmdir()
@@ -81,34 +99,58 @@ def save_checked(
             beside(temporary)
 
 
-def _same(model: nn.Module, folder: Path, out: Path) -> None:
-    """Raise unless ``folder`` holds the parameters of ``model`` and computes the same logits.
+def _write(
+    folder: Path, loaded: Loaded, config: ModelConfig, stored: mx.Dtype, rows: list[mx.array]
+) -> tuple[dict[str, str], Logits]:
+    """Write a model in memory; return the hashes of its tensors, and its logits on ``rows``."""
+    cast(loaded.model, stored)
+    read_weights(loaded.model)
+    hashes = save_model(folder, loaded.model, loaded.tokenizer, config, code_from=loaded.path)
+    if (compute := compute_dtype()) is not None:
+        cast(loaded.model, compute)
+        read_weights(loaded.model)
+    return hashes, Walk(loaded.model, rows).to_the_end("comparing")
 
-    Afterwards ``model`` holds what was read.
-    """
-    differing = _differing(model, folder)
+
+def _write_unread(
+    folder: Path, source: Unread, config: ModelConfig, stored: mx.Dtype, rows: list[mx.array]
+) -> tuple[dict[str, str], Logits]:
+    """Write a model while it is read, as ``_write``."""
+    shapes = rounded(source.open, stored, None)()
+    weights = rounded(source.open, stored, compute_dtype())
+    with new_folder(folder, shapes, source.tokenizer, config, code_from=source.path) as shards:
+
+        def write(tensors: dict[str, mx.array]) -> None:
+            for name in list(tensors):
+                check_finite([(name, tensors[name])], "the weights")
+                shards.write(name, tensors.pop(name))
+
+        write(outside_blocks(shapes, tensors_of(weights)))
+        walk = Walk(weights, rows)
+        prefix = structure.blocks_path(shapes)
+        for index, block in walk.blocks("writing blocks"):
+            write(
+                {f"{prefix}.{index}.{path}": one for path, one in tree_flatten(block.parameters())}
+            )
+            for _ in walk.passed(index):
+                pass
+    return shards.hashes, walk.answers()
+
+
+def _same(out: Path, folder: Path, hashes: dict[str, str], expected: mx.array) -> None:
+    """Raise unless ``folder`` holds what was written, and computes ``expected`` of the probe."""
+    tensors = tensors_of(lambda: open_weights(folder)[0])
+    differing = hashes.keys() ^ tensors.keys()
+    for name in sorted(hashes.keys() & tensors.keys()):
+        if hash_bytes(raw_bytes(tensors.pop(name))) != hashes[name]:  # pyright: ignore
+            differing.add(name)
+    weights = unread(folder, dtype=compute_dtype()).open
     probe_1T = mx.arange(_PROBE)[None]
-    expected = model(probe_1T)
-    mx.eval(expected)
-    free_weights(model)
-    again = load(folder, dtype=compute_dtype()).model
-    difference = logits_close(again(probe_1T), expected, Change.NOTHING)
+    logits = Walk(weights, [probe_1T], short(folder)).to_the_end("reading back")(probe_1T)
+    difference = logits_close(logits, expected, Change.NOTHING)
     if differing or not difference.close:
         raise SlimError(
             f"{out}: the saved model is not the one that was measured: {difference}, "
-            f"{len(differing)} tensors differ {differing[:3]}; it was removed",
+            f"{len(differing)} tensors differ {sorted(differing)[:3]}; it was removed",
             "the disk may be failing; else please report it",
         )
-    model.update(again.parameters())
-
-
-def _differing(model: nn.Module, folder: Path) -> list[str]:
-    """Return the parameters that ``folder`` lacks, has too much or has otherwise; one is read."""
-    ours = dict(tree_flatten(model.parameters()))
-    theirs = dict(tree_flatten(open_weights(folder, dtype=compute_dtype())[0].parameters()))
-    differing = ours.keys() ^ theirs.keys()
-    for name in ours.keys() & theirs.keys():
-        # Popped, so that it is freed before the next one is read.
-        if not mx.array_equal(ours[name], theirs.pop(name), equal_nan=True):  # pyright: ignore
-            differing.add(name)
-    return sorted(differing)

@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.artifacts import atomic_file, load_tensors, save_tensors
-from mlx_slim.models import structure
 from mlx_slim.models.load import Loaded
 from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.recorded_logits import free_weights
+from mlx_slim.models.streamed import Unread, Weights, count_of_blocks, weights_of
 from mlx_slim.models.structure import HIDDEN
 from mlx_slim.pruning import importance, surgery, width
 from mlx_slim.pruning.depth import choose_layers
@@ -38,7 +38,7 @@ _LAYERS, _STARTS, _STEPS, _LOSSES = "layers.removed", "layers.score", "steps.lay
 
 
 def score(
-    loaded: Loaded,
+    loaded: Loaded | Unread,
     options: PruneOptions,
     planned: Plan,
     seen_NT: mx.array | None,
@@ -61,7 +61,7 @@ def _save(path: Path, scores: Scores) -> None:
 
 
 def _measure(
-    loaded: Loaded,
+    loaded: Loaded | Unread,
     options: PruneOptions,
     planned: Plan,
     seen_NT: mx.array | None,
@@ -75,7 +75,7 @@ def _measure(
     if planned.axis == "width":
         budget = memory_budget("auto") - mx.get_active_memory()
         return importance.group_importance(
-            loaded.model,
+            weights_of(loaded),
             planned.method,
             planned.kinds,
             seen_NT,
@@ -84,7 +84,7 @@ def _measure(
             mixture=mixture_of(loaded.config),
         )
     removal = choose_layers(
-        loaded.model,
+        weights_of(loaded),
         planned.method,
         planned.count,
         planned.layers,
@@ -92,7 +92,7 @@ def _measure(
         seed=options.seed,
         special=set(getattr(loaded.tokenizer, "all_special_ids", []) or []),
     )
-    total = len(structure.blocks(loaded.model))
+    total = count_of_blocks(weights_of(loaded))
     scores = np.array([removal.scores.get(i, math.nan) for i in range(total)], np.float32)
     result: Scores = {_LAYERS: np.array(removal.layers, np.int32), _STARTS: scores}
     if removal.steps:
@@ -120,24 +120,27 @@ class Changes:
 
 
 def cut(
-    loaded: Loaded,
+    loaded: Loaded | Unread,
     options: PruneOptions,
     planned: Plan,
     scores: Scores,
     refit_NT: mx.array | None,
-) -> tuple[nn.Module, ModelConfig, Changes]:
-    """Return the pruned model, its config, and what changed.
+) -> tuple[Weights, ModelConfig, Changes]:
+    """Return the pruned model, its config, and what changed; of an unread one, what opens it.
 
-    ``loaded`` loses its weights, so that those that are cut off are freed. What reads the pruned
-    groups is refitted on ``refit_NT``, where there are such rows.
+    A model in memory loses its weights, so that those that are cut off are freed. What reads the
+    pruned groups is refitted on ``refit_NT``, where there are such rows.
     """
     if planned.axis == "depth":
         removed = [int(i) for i in scores[_LAYERS]]
-        model, config = surgery.without_layers(loaded.model, loaded.config, removed)
-        free_weights(loaded.model)
-        return model, config, Changes(_removed_layers(planned, removed, scores))
+        changes = Changes(_removed_layers(planned, removed, scores))
+
+        def without(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
+            return surgery.without_layers(model, loaded.config, removed)
+
+        return *_cut(loaded, without), changes
     mixture = mixture_of(loaded.config)
-    families = families_of(loaded.model, mixture)
+    families = families_of(loaded.model if isinstance(loaded, Loaded) else loaded.open(), mixture)
     retained = width.retain(
         families,
         scores,
@@ -147,14 +150,21 @@ def cut(
         runs=mixture.groups if mixture else 1,
     )
     notes: list[str] = []
-    if refit_NT is not None and (left := refit(loaded.model, retained, refit_NT)):
-        notes.append(
-            f"{len(left)} layers refitted on {refit_NT.size:,} tokens: "
-            f"{sum(left) / len(left):.1%} of their square error is left"
+    if refit_NT is not None:
+        assert isinstance(loaded, Loaded)
+        if left := refit(loaded.model, retained, refit_NT):
+            notes.append(
+                f"{len(left)} layers refitted on {refit_NT.size:,} tokens: "
+                f"{sum(left) / len(left):.1%} of their square error is left"
+            )
+
+    def narrowed(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
+        donate = isinstance(loaded, Loaded)
+        return surgery.with_groups(
+            model, loaded.config, retained, uniform=options.uniform, donate=donate
         )
-    model, config = surgery.with_groups(
-        loaded.model, loaded.config, retained, uniform=options.uniform, donate=True
-    )
+
+    model, config = _cut(loaded, narrowed)
     changes: list[dict[str, GroupChange]] = []
     for layer in range(len(families)):
         changes.append({})
@@ -172,6 +182,17 @@ def cut(
     channels = [groups.pop(HIDDEN, None) for groups in changes]
     layers = [LayerChange(layer, groups) for layer, groups in enumerate(changes)]
     return model, config, Changes(layers, channels[0], notes)
+
+
+def _cut(
+    loaded: Loaded | Unread, change: Callable[[nn.Module], tuple[nn.Module, ModelConfig]]
+) -> tuple[Weights, ModelConfig]:
+    """Return what ``change`` makes of a model, or what opens that, and its config."""
+    if isinstance(loaded, Unread):
+        return (lambda: change(loaded.open())[0]), change(loaded.open())[1]
+    model, config = change(loaded.model)
+    free_weights(loaded.model)
+    return model, config
 
 
 def _removed_layers(planned: Plan, removed: list[int], scores: Scores) -> list[LayerChange]:

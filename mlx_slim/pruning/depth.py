@@ -19,13 +19,15 @@ import numpy as np
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.route import Forward, routed
+from mlx_slim.models.streamed import Walk, Weights, count_of_blocks
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.importance import BlockInputs
 from mlx_slim.pruning.scores import batches_of
 from mlx_slim.runtime import to_float
 from mlx_slim.training.step import Arrays, CrossEntropy
 
-METHODS = ("block-influence", "angular", "perplexity", "random")
+STREAMED = ("block-influence", "angular", "random")  # a block at a time
+METHODS = (*STREAMED[:2], "perplexity", "random")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Removal:
 
 
 def choose_layers(
-    model: nn.Module,
+    model: Weights,
     method: str,
     count: int,
     allowed: list[int],
@@ -64,7 +66,7 @@ def choose_layers(
     * ``random``: a seeded control.
 
     Args:
-        model: Evaluated.
+        model: In memory, or what opens it (not for ``perplexity``).
         method: One of ``METHODS``.
         count: Layers to remove.
         allowed: Layers that may be removed, ascending.
@@ -78,7 +80,7 @@ def choose_layers(
     if count > len(allowed):
         raise SlimError(
             f"{count} layers cannot be removed: {len(allowed)} of "
-            f"{len(structure.blocks(model))} are not protected",
+            f"{count_of_blocks(model)} are not protected",
             "remove fewer, or protect fewer with --protect-first and --protect-last",
         )
     if method == "random":
@@ -95,6 +97,7 @@ def choose_layers(
         first = min(starts, key=lambda i: distances[i])
         meaning = f"angle over {count} layers, of π"
         return Removal(list(range(first, first + count)), dict(enumerate(distances)), meaning, [])
+    assert isinstance(model, nn.Module)
     return _by_perplexity(model, count, allowed, rows_NT)
 
 
@@ -104,27 +107,22 @@ def _cosine(a: mx.array, b: mx.array) -> mx.array:
     return (a * b).sum(-1) / mx.maximum(lengths, 1e-30)
 
 
-def block_influence(model: nn.Module, rows_NT: mx.array, special: Collection[int]) -> list[float]:
+def block_influence(model: Weights, rows_NT: mx.array, special: Collection[int]) -> list[float]:
     """Return 1 − mean cos(input, output) of each layer; 0 is the identity."""
-    blocks = structure.blocks(model)
-    totals, positions = np.zeros(len(blocks)), 0
+    batches = batches_of(rows_NT)
+    totals, positions = np.zeros(count_of_blocks(model)), 0
     excluded = np.array(sorted(special), np.int64)
-    for batch in tracked(batches_of(rows_NT), "measuring block influence", "batches"):
-        tokens_BT = mx.array(batch.tokens_BT)
+    counted: list[mx.array] = []
+    for batch in batches:
         counts = ~np.isin(batch.tokens_BT, excluded)
         counts[:, 0] = False
-        counted_BT = mx.array(counts)  # pyright: ignore[reportArgumentType]
+        counted.append(mx.array(counts))  # pyright: ignore[reportArgumentType]
         positions += int(counts.sum())
-
-        def route(
-            index: int, forward: Forward, hidden: mx.array, counted_BT: mx.array = counted_BT
-        ) -> mx.array:
-            out = forward(hidden)
-            totals[index] += to_float(mx.where(counted_BT, _cosine(hidden, out), 0.0).sum())
-            return out
-
-        with routed(blocks, route):
-            model(tokens_BT)
+    walk = Walk(model, [mx.array(batch.tokens_BT) for batch in batches])
+    for index, _ in walk.blocks("measuring block influence"):
+        for counted_BT, (entering, leaving) in zip(counted, walk.passed(index), strict=True):
+            cosines_BT = mx.where(counted_BT, _cosine(entering, leaving), 0.0)
+            totals[index] += to_float(cosines_BT.sum())
     if not positions:
         raise SlimError(
             "the calibration text has only special tokens", "set another --calibration text"
@@ -132,25 +130,19 @@ def block_influence(model: nn.Module, rows_NT: mx.array, special: Collection[int
     return [float(1.0 - total / positions) for total in totals]
 
 
-def angular_distance(model: nn.Module, rows_NT: mx.array, count: int) -> list[float]:
+def angular_distance(model: Weights, rows_NT: mx.array, count: int) -> list[float]:
     """Return the mean angle / π at the last position over layers i … i + count − 1, for each i."""
-    blocks = structure.blocks(model)
-    totals = np.zeros(len(blocks) - count + 1)
-    for batch in tracked(batches_of(rows_NT), "measuring angles", "batches"):
-        last: list[mx.array] = []
-
-        def route(
-            index: int, forward: Forward, hidden: mx.array, last: list[mx.array] = last
-        ) -> mx.array:
+    totals = np.zeros(count_of_blocks(model) - count + 1)
+    batches = batches_of(rows_NT)
+    lasts: list[list[mx.array]] = [[] for _ in batches]
+    walk = Walk(model, [mx.array(batch.tokens_BT) for batch in batches])
+    for index, _ in walk.blocks("measuring angles"):
+        for last, (entering, leaving) in zip(lasts, walk.passed(index), strict=True):
             if not index:
-                last.append(hidden[:, -1])
-            out = forward(hidden)
-            last.append(out[:, -1])
-            mx.eval(last)
-            return out
-
-        with routed(blocks, route):
-            model(mx.array(batch.tokens_BT))
+                last.append(mx.contiguous(entering[:, -1]))
+            last.append(mx.contiguous(leaving[:, -1]))
+            mx.eval(last)  # a view would hold all positions
+    for last in lasts:
         for first in range(len(totals)):
             cosine_B = mx.clip(_cosine(last[first], last[first + count]), -1.0, 1.0)
             totals[first] += to_float(mx.arccos(cosine_B).sum()) / np.pi

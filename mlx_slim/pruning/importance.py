@@ -24,6 +24,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.residual import residual
 from mlx_slim.models.route import Forward, routed, watched
+from mlx_slim.models.streamed import Walk, Weights, tensors_of
 from mlx_slim.models.structure import HIDDEN, Coupled
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.families import families_of
@@ -35,10 +36,11 @@ from mlx_slim.training.step import Arrays, CrossEntropy
 GRADIENT = ("taylor", "taylor2", "vector")
 OF_EXPERTS = ("reap", "l2", "random")
 METHODS = (*GRADIENT, "activation", "reap", "l2", "random")
+STREAMED = ("activation", "l2", "random")  # a block at a time
 
 
 def group_importance(
-    model: nn.Module,
+    model: Weights,
     method: str,
     kinds: tuple[str, ...],
     rows_NT: mx.array | None,
@@ -62,7 +64,7 @@ def group_importance(
     * ``l2``: √Σ w²; ``random``: seeded; both controls.
 
     Args:
-        model: Evaluated.
+        model: In memory, or what opens it (only for ``STREAMED``).
         method: One of ``METHODS``.
         kinds: Families: ``heads``, ``mlp``, ``hidden`` (not by a gradient); or ``experts``.
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
@@ -74,19 +76,19 @@ def group_importance(
         SlimError: If the activations exceed the budget, or a score is not finite.
     """
     if method in GRADIENT:
-        assert rows_NT is not None
+        assert rows_NT is not None and isinstance(model, nn.Module)
         scores = _by_gradient(model, method, kinds, rows_NT, budget)
     elif method == "activation":
         assert rows_NT is not None
         scores = _by_activation(model, kinds, rows_NT)
     elif method == "reap":
-        assert rows_NT is not None and mixture is not None
+        assert rows_NT is not None and mixture is not None and isinstance(model, nn.Module)
         scores = reap(model, mixture, rows_NT)
     else:
         scores = {}
-        blocks = structure.blocks(model)
-        for layer, of_block in enumerate(families_of(model, mixture)):
-            block = blocks[layer]
+        shapes = model if isinstance(model, nn.Module) else model()
+        prefix, tensors = structure.blocks_path(shapes), tensors_of(model)
+        for layer, of_block in enumerate(families_of(shapes, mixture)):
             for kind, family in of_block.items():
                 if kind not in kinds or kind == HIDDEN:
                     continue
@@ -94,15 +96,15 @@ def group_importance(
                     stream = np.random.default_rng([seed, layer, kinds.index(kind)])
                     values = stream.random(family.count, np.float32)
                 else:
-                    values = _l2(block, family)
+                    values = _l2(tensors, family, f"{prefix}.{layer}.")
                 scores[name_of(layer, kind)] = values
         if HIDDEN in kinds:
-            channels = residual(model).channels
+            channels = residual(shapes).channels
             if method == "random":
-                stream = np.random.default_rng([seed, len(blocks)])
+                stream = np.random.default_rng([seed, len(structure.blocks(shapes))])
                 scores[HIDDEN] = stream.random(channels.count, np.float32)
             else:
-                scores[HIDDEN] = _l2(model, channels)
+                scores[HIDDEN] = _l2(tensors_of(model), channels, "")
     wrong = [name for name, values in scores.items() if not np.isfinite(values).all()]
     if wrong:
         raise SlimError(
@@ -135,12 +137,11 @@ def _by_group(value: mx.array, axis: int, count: int) -> mx.array:
     return grouped.sum(axis=[i for i in range(grouped.ndim) if i != axis])
 
 
-def _l2(owner: nn.Module, family: Coupled) -> np.ndarray:
-    """Return √Σ w² of each group (G,), float32; one tensor at a time."""
-    parameters: dict[str, mx.array] = dict(tree_flatten(owner.parameters()))  # pyright: ignore
+def _l2(tensors: dict[str, mx.array], family: Coupled, prefix: str) -> np.ndarray:
+    """Return √Σ w² of each group (G,), float32; one of ``tensors`` is taken at a time."""
     total_G = mx.zeros(family.count)
     for path, axis in family.members:
-        square = mx.square(parameters[path].astype(mx.float32))
+        square = mx.square(tensors.pop(prefix + path).astype(mx.float32))
         total_G = total_G + _by_group(square, axis, family.count)
         mx.eval(total_G)
     return np.array(mx.sqrt(total_G))
@@ -294,35 +295,29 @@ def _block_gradients(
     return sums, squares
 
 
-def _by_activation(model: nn.Module, kinds: tuple[str, ...], rows_NT: mx.array) -> Scores:
-    blocks = structure.blocks(model)
+def _by_activation(model: Weights, kinds: tuple[str, ...], rows_NT: mx.array) -> Scores:
     squares: dict[str, mx.array] = {}  # Σ over rows of the squared norm, (T, G)
-    channels = residual(model) if HIDDEN in kinds else None
-    with contextlib.ExitStack() as stack:
+    shapes = model if isinstance(model, nn.Module) else model()
+    channels = residual(shapes) if HIDDEN in kinds else None
+    walk = Walk(model, [mx.array(batch.tokens_BT) for batch in batches_of(rows_NT)])
+    for layer, block in walk.blocks("measuring activation"):
+        with contextlib.ExitStack() as stack:
 
-        def watch(block: nn.Module, path: str, name: str, count: int) -> None:
-            def look(x_BTI: mx.array) -> None:
-                grouped = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], count, -1)
-                total_TG = mx.square(grouped).sum(axis=(0, 3))
-                squares[name] = squares[name] + total_TG if name in squares else total_TG
+            def watch(path: str, name: str, count: int, block: nn.Module = block) -> None:
+                def look(x_BTI: mx.array) -> None:
+                    grouped = x_BTI.astype(mx.float32).reshape(*x_BTI.shape[:2], count, -1)
+                    total_TG = mx.square(grouped).sum(axis=(0, 3))
+                    squares[name] = squares[name] + total_TG if name in squares else total_TG
 
-            stack.enter_context(watched(block, path, look))
+                stack.enter_context(watched(block, path, look))
 
-        for layer, block in enumerate(blocks):
             for kind, family in _families(block, kinds).items():
-                watch(block, family.output, name_of(layer, kind), family.count)
+                watch(family.output, name_of(layer, kind), family.count)
             if channels is not None:
                 for path in channels.readers[layer]:
-                    watch(block, path, f"{layer}.{path}", channels.channels.count)
-
-        def route(index: int, forward: Forward, hidden_BTD: mx.array) -> mx.array:
-            out = forward(hidden_BTD)
-            mx.eval(out, squares)
-            return out
-
-        stack.enter_context(routed(blocks, route))
-        for batch in tracked(batches_of(rows_NT), "measuring activation", "batches"):
-            model(mx.array(batch.tokens_BT))
+                    watch(path, f"{layer}.{path}", channels.channels.count)
+            for _ in walk.passed(layer):
+                mx.eval(squares)
     scores = {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}
     if channels:
         names = [f"{i}.{path}" for i, paths in enumerate(channels.readers) for path in paths]

@@ -22,6 +22,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.load import Loaded
 from mlx_slim.models.route import FromBlock
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.models.streamed import Unread
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.options import FORWARD_ROWS, PruneOptions
 from mlx_slim.pruning.width import RetainedGroups
@@ -94,7 +95,7 @@ def refit(model: nn.Module, retained: RetainedGroups, rows_NT: mx.array) -> list
     return left
 
 
-def refit_rows(loaded: Loaded, options: PruneOptions, validation: int) -> mx.array:
+def refit_rows(loaded: Loaded | Unread, options: PruneOptions, validation: int) -> mx.array:
     """Return calibration rows (N, T), of the text behind what the result is compared on.
 
     Args:

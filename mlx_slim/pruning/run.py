@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_slim.artifacts import (
     SCHEMA_VERSION,
@@ -26,17 +27,19 @@ from mlx_slim.artifacts import (
     write_json,
 )
 from mlx_slim.claims import makes_folder
-from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.errors import ResourceError, RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.build import WIDTHS
 from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.models.tensors import folder_tensors
+from mlx_slim.models.streamed import Unread, answers_of, unread, weights_of
+from mlx_slim.models.structure import EXPERTS
+from mlx_slim.models.tensors import Tensor, folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.pruning import cutting
-from mlx_slim.pruning.options import PruneOptions
+from mlx_slim.pruning import cutting, depth, importance
+from mlx_slim.pruning.options import NAMED, PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.planned import Plan
 from mlx_slim.pruning.records import (
@@ -49,7 +52,7 @@ from mlx_slim.pruning.refit import refit_rows
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import memory_limits, on_gpu
+from mlx_slim.runtime import device_memory, human_bytes, memory_limits, on_gpu
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 
@@ -116,25 +119,35 @@ def prune(
     stored = stored_dtype(tensors)
     planned = plan(config, options, stored.size)
     mx.reset_peak_memory()
-    notify(f"loading {source}")
-    loaded = load(source, revision=options.revision, dtype=compute_dtype())
-    refuse_quantized(loaded.model, loaded.config)
-    loaded.model.eval()
+    streamed = _check_memory(options, planned, tensors, stored)
+    notify(f"{'reading' if streamed else 'loading'} {source}")
+    read = unread if streamed else load
+    loaded = read(source, revision=options.revision, dtype=compute_dtype())
+    refuse_quantized(nn.Module() if streamed else loaded.model, loaded.config)
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
     scores = cutting.score(loaded, options, planned, seen_NT, notify, scores_at)
-    original = None if validation_NT is None else RecordedLogits(loaded.model, validation_NT, out)
+    original = None
+    if validation_NT is not None:
+        answers = answers_of(weights_of(loaded), validation_NT, "reading the source")
+        original = RecordedLogits(answers, validation_NT, out)
+        del answers
     refit_NT = None
     if options.compensate:
         refit_NT = refit_rows(loaded, options, 0 if validation_NT is None else validation_NT.size)
-    small, new_config, changes = cutting.cut(loaded, options, planned, scores, refit_NT)
-    if not on_gpu():  # measured below are the weights as they will be stored
-        for dtype in (stored, mx.float32):
-            cast(small, dtype)
+    weights, new_config, changes = cutting.cut(loaded, options, planned, scores, refit_NT)
+    after: Loaded | Unread
+    if isinstance(weights, nn.Module):
+        small = weights
+        after = Loaded(
+            small, loaded.tokenizer, new_config, loaded.path, loaded.source, loaded.revision
+        )
+        for dtype in () if on_gpu() else (stored, mx.float32):
+            cast(small, dtype)  # measured below are the weights as they will be stored
             read_weights(small)
-    measured = None
-    if validation_NT is not None and original is not None:
-        notify(f"comparing with the source on {validation_NT.size:,} validation tokens")
-        measured = fidelity.compare(original, small, validation_NT)
+    else:
+        assert isinstance(loaded, Unread)
+        small = weights()
+        after = replace(loaded, open=weights, config=new_config)
     parameters = sum(value.size for value in _arrays(small))
     record = PruneRecord(
         schema_version=SCHEMA_VERSION,
@@ -151,16 +164,21 @@ def prune(
         bytes_before=sum(tensor.nbytes for tensor in tensors.values()),
         bytes_after=parameters * stored.size,
         stock_mlx_lm_reads_it=WIDTHS not in new_config,
-        fidelity=_fidelity(measured),
+        fidelity=None,
         notes=[*planned.notes, *changes.notes],
         provenance=provenance(),
         seconds=0.0,
         peak_memory_bytes=0,
         hidden=changes.hidden,
     )
-    notify(f"saving {out} and reading it back")
-    after = Loaded(small, loaded.tokenizer, new_config, loaded.path, loaded.source, loaded.revision)
-    del loaded
+    del loaded, small
+
+    def judge(logits: fidelity.Model) -> None:
+        nonlocal record
+        if validation_NT is not None and original is not None:
+            notify(f"comparing with the source on {validation_NT.size:,} validation tokens")
+            measured = fidelity.compare(original, logits, validation_NT)
+            record = replace(record, fidelity=_fidelity(measured))
 
     def add_files(folder: Path) -> None:
         nonlocal record
@@ -169,8 +187,33 @@ def prune(
         save_tensors(folder / SCORES_FILE, {k: mx.array(v) for k, v in scores.items()})
         write_json(folder / RECORD_FILE, record.as_json())
 
-    save_checked(out, after, new_config, stored, add_files)
+    notify(f"saving {out} and reading it back")
+    save_checked(out, after, new_config, stored, add_files, judged_NT=validation_NT, judge=judge)
     return Pruned(out, record)
+
+
+def _check_memory(
+    options: PruneOptions, planned: Plan, tensors: dict[str, Tensor], stored: mx.Dtype
+) -> bool:
+    """Return whether a block at a time suffices; refuse what holds a model that does not fit."""
+    methods = (NAMED, *(depth if planned.axis == "depth" else importance).STREAMED)
+    if planned.method in methods and not options.compensate:
+        return True
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed = numbers * (compute_dtype() or stored).size
+    if needed > device_memory():
+        what = f"method {planned.method}" if planned.method not in methods else "--compensate"
+        others = "block-influence" if planned.axis == "depth" else "l2 or activation"
+        if planned.method in importance.OF_EXPERTS and planned.kinds == (EXPERTS,):
+            others = "l2"
+        raise ResourceError(
+            f"{what} holds the whole model: {human_bytes(needed)}, this device holds "
+            f"{human_bytes(device_memory())}",
+            f"use --method {others}, which reads a block at a time"
+            if planned.method not in methods
+            else "leave it out: the method alone reads a block at a time",
+        )
+    return False
 
 
 def prune_loaded(loaded: Loaded, options: PruneOptions, *, scores_at: Path | None = None) -> Loaded:
@@ -193,6 +236,7 @@ def prune_loaded(loaded: Loaded, options: PruneOptions, *, scores_at: Path | Non
     seen_NT, _ = _text(loaded, options, planned, ignore)
     scores = cutting.score(loaded, options, planned, seen_NT, ignore, scores_at)
     model, config, _ = cutting.cut(loaded, options, planned, scores, None)
+    assert isinstance(model, nn.Module)
     return replace(loaded, model=model, config=config)
 
 
@@ -206,7 +250,7 @@ def _arrays(model: Any) -> list[mx.array]:
 
 
 def _text(
-    loaded: Loaded, options: PruneOptions, planned: Plan, notify: Callable[..., None]
+    loaded: Loaded | Unread, options: PruneOptions, planned: Plan, notify: Callable[..., None]
 ) -> tuple[mx.array | None, mx.array | None]:
     """Return calibration rows (N, T) for the method, and other rows for validation.
 

@@ -209,7 +209,8 @@ def with_groups(
 ) -> tuple[nn.Module, ModelConfig]:
     """Return a model of the groups ``retained`` (kind -> their numbers by layer), and its config.
 
-    With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut.
+    With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut. Else nothing
+    is evaluated here.
     """
     sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in retained.items()}
     new = config_with_sizes(config, sizes, uniform=uniform)
@@ -233,10 +234,12 @@ def with_groups(
     for path, axis, count, groups in cuts:
         if len(groups) < count:
             weights[path] = _take(weights[path], axis, count, groups)
-            mx.eval(weights[path])
+            if donate:
+                mx.eval(weights[path])
     for path, change in changes.items():
         weights[path] = change(weights[path])
-        mx.eval(weights[path])
+        if donate:
+            mx.eval(weights[path])
     return _filled(new, weights), new
 
 

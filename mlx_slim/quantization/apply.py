@@ -61,6 +61,8 @@ def quantize_model(
     quantize: QuantizeConfig,
     recipe: str | None = None,
     formats: Mapping[str, LayerFormat | None] | None = None,
+    *,
+    read: bool = True,
 ) -> QuantizeReport:
     """Quantize ``model`` in place by rounding to nearest; on a CPU its layers become fast ones.
 
@@ -70,6 +72,7 @@ def quantize_model(
         quantize: Bits, group size and mode.
         recipe: One of mlx-lm's mixed recipes (``policy.RECIPES``), or None.
         formats: As ``policy.make_policy`` takes them.
+        read: Read the weights; else codes are made where they are read (``models.streamed``).
 
     Raises:
         SlimError: If the model is quantized already, or no layer fits.
@@ -81,9 +84,10 @@ def quantize_model(
     while waiting:  # popped, so that each dense layer is freed as soon as it is replaced
         path, module = waiting.pop()
         if path in policy.chosen:
-            layer = quantize_layer(module, policy.chosen[path])
+            layer = quantize_layer(module, policy.chosen[path], read=read)
             model.update_modules(tree_unflatten([(path, layer)]))
-    read_weights(model)
+    if read:
+        read_weights(model)
     base = LayerFormat(quantize.group_size, quantize.bits, quantize.mode)
     others = {path: asdict(chosen) for path, chosen in policy.chosen.items() if chosen != base}
     settings = {**asdict(base), **others}
@@ -142,8 +146,8 @@ def load_quantized(
     return loaded, reports[0]
 
 
-def quantize_layer(module: nn.Module, chosen: LayerFormat) -> nn.Module:
-    """Return ``module`` quantized and evaluated.
+def quantize_layer(module: nn.Module, chosen: LayerFormat, *, read: bool = True) -> nn.Module:
+    """Return ``module`` quantized and, with ``read``, evaluated.
 
     On a CPU, MLX rounds to the float formats (mxfp4, nvfp4) through 20 to 40 copies of its input,
     so there a few rows are rounded at a time; each row is rounded by itself in every format.
@@ -152,16 +156,20 @@ def quantize_layer(module: nn.Module, chosen: LayerFormat) -> nn.Module:
     layer = cast(Any, module).to_quantized(**settings)
     if chosen.mode != "affine" and not on_gpu():
         weight = module["weight"]
-        mx.eval(weight)
         rows_RI = weight.reshape(-1, weight.shape[-1])
-        step = max(1, _PIECE // rows_RI[0].nbytes)
-        pieces = []
-        for start in range(0, len(rows_RI), step):
-            pieces.append(mx.quantize(rows_RI[start : start + step], **settings))
-            mx.eval(pieces[-1])
+        step = max(1, _PIECE // (weight.shape[-1] * weight.itemsize))
+        pieces: list[Any] = []
+        for start in range(0, rows_RI.shape[0], step):
+            piece = rows_RI[start : start + step]
+            if pieces and not read:  # one after the other, whenever they are computed
+                (piece,) = mx.depends([piece], list(pieces[-1]))
+            pieces.append(mx.quantize(piece, **settings))
+            if read:
+                mx.eval(pieces[-1])
         for name, chunks in zip(("weight", "scales"), zip(*pieces, strict=True), strict=True):
             layer[name] = mx.concatenate(list(chunks)).reshape(*weight.shape[:-1], -1)
-    mx.eval(layer.parameters())
+    if read:
+        mx.eval(layer.parameters())
     return layer
 
 

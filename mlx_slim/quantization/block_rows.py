@@ -19,7 +19,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_slim.models.route import Forward, enter
+from mlx_slim.models.streamed import BlockBatch, batch_of
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,10 @@ class Training:
     seed: int = 0
 
 
-@dataclass
-class BlockBatch:
-    """Rows on their way through the blocks: ``hidden_BTD`` enters the next one."""
-
-    tokens_BT: mx.array
-    hidden_BTD: mx.array
-    forwards: list[Forward]
-
-    def pass_block(self, index: int) -> None:
-        """Replace the hidden states by what block ``index`` returns for them."""
-        self.hidden_BTD = self.forwards[index](self.hidden_BTD)
-        mx.eval(self.hidden_BTD)
-
-
 def batches_of(model: nn.Module, tokens_NT: mx.array, size: int) -> list[BlockBatch]:
     """Return the rows, ``size`` a batch, at the first block of ``model``."""
-    batches = []
-    for start in range(0, len(tokens_NT), size):
-        tokens_BT = tokens_NT[start : start + size]
-        batches.append(BlockBatch(tokens_BT, *enter(model, tokens_BT)))
-        mx.eval(batches[-1].hidden_BTD)
-    return batches
+    starts = range(0, len(tokens_NT), size)
+    return [batch_of(model, tokens_NT[start : start + size]) for start in starts]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.logits import row_sums
 from mlx_slim.models.quantized import LayerFormat, use_fast_matmul
-from mlx_slim.models.route import leave, refuse_entangled
+from mlx_slim.models.route import refuse_entangled
 from mlx_slim.models.save import quantization_of
+from mlx_slim.models.streamed import Answers, BlockBatch
 from mlx_slim.progress import tracked
 from mlx_slim.quantization.apply import (
     QuantizeReport,
@@ -35,7 +36,7 @@ from mlx_slim.quantization.apply import (
     quantize_layer,
     report,
 )
-from mlx_slim.quantization.block_rows import BlockBatch, Outside, Training, adam, batches_of, orders
+from mlx_slim.quantization.block_rows import Outside, Training, adam, batches_of, orders
 from mlx_slim.quantization.fake import CONSTANTS, FakeQuantized, Values
 from mlx_slim.quantization.policy import Policy, embed_formats, leaves, make_policy
 from mlx_slim.quantization.scale_training import EndToEnd
@@ -106,7 +107,7 @@ def quantize_blockwise(
             batch.pass_block(index)
     if judge is not None:
         with outside.as_it_was(model):
-            judge(_answers(model, judged))
+            judge(Answers(model, judged))
     if training.end_epochs:
         EndToEnd(model, batches, floats, outside, stored, training).run()
     model.freeze()
@@ -145,16 +146,6 @@ def _replace_outside(model: nn.Module, policy: Policy) -> Outside:
             quantized.append((path, layer))
     model.update_modules(tree_unflatten(quantized))
     return Outside(floats, quantized)
-
-
-def _answers(model: nn.Module, judged: list[BlockBatch]) -> Logits:
-    """Return the float model as a function of the rows that it has read."""
-    by_row = {np.array(batch.tokens_BT).tobytes(): batch for batch in judged}
-
-    def logits(tokens_1T: mx.array) -> mx.array:
-        return leave(model, tokens_1T, by_row[np.array(tokens_1T).tobytes()].hidden_BTD)
-
-    return logits
 
 
 def _error(output_BTD: mx.array, target_BTD: mx.array) -> mx.array:

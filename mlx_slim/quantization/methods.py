@@ -52,6 +52,7 @@ from mlx_slim.runtime import device_memory, human_bytes, on_gpu
 
 METHODS = ("rtn", "awq", "gptq", "dwq", "dynamic", "blockwise")
 CALIBRATED = METHODS[1:]
+HELD = {"awq": 1, "gptq": 1, "dwq": 2, "dynamic": 1}  # dense models that are in memory at least
 _GPTQ_BITS = (2, 4, 8)
 _EMBED_BITS = {"awq": 4, "gptq": 6, "blockwise": 6}  # at least
 _HIGHER = {2: 4, 3: 4, 4: 5, 5: 6, 6: 8}

@@ -1,8 +1,8 @@
 """A dense model in, a smaller folder out: load, quantize, measure, save, reload and compare.
 
 Invariant: the output folder appears only when what it holds computes exactly what was measured; a
-failure leaves nothing behind. One model is in memory at a time, the dense one only where it is
-looked at (to calibrate or to judge): else layers are quantized as they are read. Try it:
+failure leaves nothing behind. Rounding reads, judges and writes a block at a time; a method that
+holds the dense model (``methods.HELD``) is refused before where that does not fit. Try it:
 ``mlx-slim quantize MODEL -o DIR --bits 4``.
 
 Shapes: N rows, T tokens a row.
@@ -27,20 +27,15 @@ from mlx_slim.adapters.store import save_adapter
 from mlx_slim.artifacts import public_name
 from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
-from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.errors import ResourceError, RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
-from mlx_slim.models.load import (
-    load,
-    load_tokenizer,
-    open_weights,
-    read_config,
-    resolve,
-)
+from mlx_slim.models.load import Loaded, load, open_weights, read_config, resolve
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.models.tensors import Tensor, folder_tensors
+from mlx_slim.models.streamed import Unread, answers_of, rounded, unread
+from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.apply import (
     Quantizer,
@@ -55,12 +50,12 @@ from mlx_slim.quantization.blockwise import quantize_blockwise
 from mlx_slim.quantization.budget import check_size, space_of
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, Calibration, read_calibration
 from mlx_slim.quantization.compensation import compensate
-from mlx_slim.quantization.methods import check_method, embed_bits, quantize_with
+from mlx_slim.quantization.methods import HELD, check_method, embed_bits, quantize_with
 from mlx_slim.quantization.mixes import CHOICE_ROWS, choose_mix, compute_with, round_to
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import embed_formats, leaves
 from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed
-from mlx_slim.reading import ModelConfig
+from mlx_slim.reading import ModelConfig, short
 from mlx_slim.runtime import (
     device_memory,
     human_bytes,
@@ -115,8 +110,12 @@ def compress(
     if options.sized:
         space = space_of(open_weights(folder)[0], options.quantize, stored)
         limit = space.limit(options)
-    tokenizer = load_tokenizer(source, revision=options.revision)
-    calibration = _calibration(tokenizer, row_limit(config), options, notify)
+    dense_bytes = (
+        sum(math.prod(tensor.shape) for tensor in tensors.values()) * (dtype or stored).size
+    )
+    _check_memory(options, dense_bytes)
+    opened = unread(source, revision=revision, dtype=dtype)
+    calibration = _calibration(opened.tokenizer, row_limit(config), options, notify)
     dense = original = None
 
     def record(source: fidelity.Model) -> None:
@@ -124,11 +123,17 @@ def compress(
         assert calibration is not None
         original = RecordedLogits(source, calibration.validation_NT, out)
 
-    if _fits_dense(tensors, dtype or stored, calibration, options, notify):
+    if options.method in HELD or (options.measures and dense_bytes <= device_memory()):
         dense = load(source, revision=revision, dtype=dtype)
         refuse_quantized(dense.model, dense.config)
-        if options.fidelity_samples:
-            record(dense.model)
+    if calibration is not None and options.fidelity_samples and options.method != "blockwise":
+        record(
+            dense.model
+            if dense is not None
+            else answers_of(
+                opened.open, calibration.validation_NT, "reading the source", short(folder)
+            )
+        )
 
     tic = time.perf_counter()
     formats = sized = None
@@ -136,36 +141,58 @@ def compress(
         formats, sized = choose_mix(
             folder, space, limit, options, calibration, dense and dense.model, stored, notify, out
         )
-        dense = None if options.measures else dense  # its weights are freed
+        dense = None  # its weights are freed where losses were measured
     notify(f"quantizing: {options.method}, {_format(options)}")
     quantizer = _quantizer(options, calibration, stored, formats, record)
-    if dense is None:
-        loaded, report = load_quantized(source, quantizer, revision=revision, dtype=dtype)
+    quantized: Loaded | Unread
+    if options.method == "rtn" and options.compensate is None:
+        quantized, report = _unread_quantized(opened, quantizer)
+        shapes = rounded(quantized.open, stored, None)()
     else:
-        loaded, report = dense, quantizer(dense.model, dense.config)
+        if dense is None:
+            quantized, report = load_quantized(source, quantizer, revision=revision, dtype=dtype)
+        else:
+            quantized, report = dense, quantizer(dense.model, dense.config)
+        shapes = quantized.model
+        round_to(shapes, stored)  # what is measured below is what will be stored
     method_seconds = time.perf_counter() - tic
-    round_to(loaded.model, stored)  # what is measured below is what will be stored
-    report = _sizes(loaded.model, report, sum(tensor.nbytes for tensor in tensors.values()))
-    compute_with(loaded.model)
+    report = _sizes(shapes, report, sum(tensor.nbytes for tensor in tensors.values()))
 
     measured = None
-    if calibration is not None and original is not None:
-        notify(f"comparing with the source on {calibration.validation_NT.size:,} validation tokens")
-        measured = fidelity.compare(original, loaded.model, calibration.validation_NT)
+
+    def judge(logits: fidelity.Model) -> None:
+        nonlocal measured, method_seconds
+        method_seconds = time.perf_counter() - tic
+        if calibration is not None and original is not None:
+            tokens = f"{calibration.validation_NT.size:,} validation tokens"
+            notify(f"comparing with the source on {tokens}")
+            measured = fidelity.compare(original, logits, calibration.validation_NT)
+
     compensation, add_adapter = None, None
-    if options.compensate is not None:
-        assert calibration is not None
-        originals = dict(leaves(open_weights(folder, dtype=mx.float32)[0]))
-        adapted = compensate(
-            loaded.model, originals, calibration.seen_NT, options.compensate, stored
-        )
-        better = None
-        if original is not None:
-            better = fidelity.compare(original, loaded.model, calibration.validation_NT)
-        compensation = Compensation.of(adapted, options.compensate, stored, better)
-        add_adapter = _adapter_writer(loaded.model, adapted.injected, options.compensate, out)
-    notify(f"saving {out} and reading it back")
-    save_checked(out, loaded, report.config, stored, add_adapter)
+    if isinstance(quantized, Loaded):
+        compute_with(quantized.model)
+        judge(quantized.model)  # type: ignore[arg-type]
+        if options.compensate is not None:
+            assert calibration is not None
+            originals = dict(leaves(open_weights(folder, dtype=mx.float32)[0]))
+            adapted = compensate(
+                quantized.model, originals, calibration.seen_NT, options.compensate, stored
+            )
+            better = None
+            if original is not None:
+                better = fidelity.compare(original, quantized.model, calibration.validation_NT)
+            compensation = Compensation.of(adapted, options.compensate, stored, better)
+            add_adapter = _adapter_writer(
+                quantized.model, adapted.injected, options.compensate, out
+            )
+        notify(f"saving {out} and reading it back")
+        save_checked(out, quantized, report.config, stored, add_adapter)
+    else:
+        notify(f"saving {out} and reading it back")
+        judged_NT = None
+        if calibration is not None and original is not None:
+            judged_NT = calibration.validation_NT
+        save_checked(out, quantized, report.config, stored, judged_NT=judged_NT, judge=judge)
     return Compressed(
         path=out,
         report=report,
@@ -176,6 +203,18 @@ def compress(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=mx.get_peak_memory(),
     )
+
+
+def _unread_quantized(source: Unread, quantizer: Quantizer) -> tuple[Unread, QuantizeReport]:
+    """Return ``source`` quantized where it is read, and the report of that."""
+
+    def open_model() -> nn.Module:
+        model = source.open()
+        quantizer(model, source.config)
+        return model
+
+    report = quantizer(source.open(), source.config)
+    return replace(source, open=open_model, config=report.config), report
 
 
 def _quantizer(
@@ -192,7 +231,8 @@ def _quantizer(
 
         def rounding(model: nn.Module, config: ModelConfig) -> QuantizeReport:
             decided = {**embed_formats(model, quantize, embed), **(formats or {})}
-            return quantize_model(model, config, quantize, options.recipe, decided)
+            read = options.compensate is not None  # else where it is written
+            return quantize_model(model, config, quantize, options.recipe, decided, read=read)
 
         return rounding
     assert calibration is not None
@@ -231,26 +271,15 @@ def _adapter_writer(
     return write
 
 
-def _fits_dense(
-    tensors: dict[str, Tensor],
-    computed: mx.Dtype,
-    calibration: Calibration | None,
-    options: CompressOptions,
-    notify: Callable[..., None],
-) -> bool:
-    """Return whether the dense model is to be held: it is looked at, and fits where it need not."""
-    if calibration is None or options.method == "blockwise":
-        return False
-    needed = sum(math.prod(tensor.shape) for tensor in tensors.values()) * computed.size
-    if options.method != "rtn" or needed <= device_memory():
-        return True
-    if options.fidelity_samples:
-        notify(
-            f"fidelity is not measured: the dense model takes {human_bytes(needed)}, this device "
+def _check_memory(options: CompressOptions, dense_bytes: int) -> None:
+    """Refuse a method that holds the dense model where that does not fit."""
+    needed = HELD.get(options.method, 0) * dense_bytes
+    if needed > device_memory():
+        raise ResourceError(
+            f"method {options.method} holds the whole model: {human_bytes(needed)}, this device "
             f"holds {human_bytes(device_memory())}",
-            "warning",
+            "use --method rtn, which reads a block at a time",
         )
-    return False
 
 
 def _format(options: CompressOptions) -> str:

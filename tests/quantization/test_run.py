@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,19 @@ def test_refusals_leave_nothing_behind(tiny: TinyModels, tmp_path: Path, text: P
 def test_a_saved_model_that_differs_is_not_kept(
     tiny: TinyModels, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = verified_save.load
+    honest = verified_save.unread
 
     def damaged(source: Path, **options: Any):
-        loaded = honest(source, **options)
-        if str(source).endswith("model"):
-            model: Any = loaded.model
+        def open_model():
+            model: Any = read.open()
             norm = model.model.norm
             norm.weight = norm.weight * 1.5
-        return loaded
+            return model
 
-    monkeypatch.setattr(verified_save, "load", damaged)
+        read = honest(source, **options)
+        return replace(read, open=open_model)
+
+    monkeypatch.setattr(verified_save, "unread", damaged)
     with pytest.raises(SlimError, match="not the one that was measured"):
         compress(tiny(), tmp_path / "out", _options(text))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
