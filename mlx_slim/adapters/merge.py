@@ -18,11 +18,12 @@ from mlx_slim.adapters.lora import Adapter
 from mlx_slim.models.quantized import dense_layer, layer_dtype
 
 
-def merged_layer(adapter: Adapter, dtype: mx.Dtype | None) -> nn.Module:
-    """Return the plain dense layer with the outputs of ``adapter``, evaluated."""
+def merged_layer(adapter: Adapter, dtype: mx.Dtype | None, *, read: bool = True) -> nn.Module:
+    """Return the plain dense layer with the outputs of ``adapter``; with ``read``, evaluated."""
     base = adapter.base
     merged = dense_layer(base, adapter.merged_weight().astype(dtype or layer_dtype(base)))
-    mx.eval(merged.parameters())  # one layer at a time: float32 copies must not pile up
+    if read:
+        mx.eval(merged.parameters())  # one layer at a time: float32 copies must not pile up
     merged.freeze()
     return merged.train(adapter.training)
 

@@ -1,10 +1,10 @@
 """Fold an adapter into its model, and check that its effect is retained.
 
 Invariant: weights are summed in float32 and cast last; what is audited is what is stored, rounding
-included; one model is in memory: the logits of base and tuned model are recorded, then its layers
-are fused one by one. A fuse that loses the tune (``export/fuse_audit.py``: under half of the effect
-retained, or no nearer to the tuned model than the base was) is refused and writes nothing,
-unless forced. ``fuse.json`` in the output holds the audit. Try it:
+included; base, tuned and fused model are read a block at a time, one after the other, and the
+logits of the first two are recorded. A fuse that loses the tune (``export/fuse_audit.py``: under
+half of the effect retained, or no nearer to the tuned model than the base was) is refused and
+writes nothing, unless forced. ``fuse.json`` in the output holds the audit. Try it:
 ``mlx-slim fuse MODEL --adapter runs/mine/adapters -o fused``.
 
 A change of 2% of a 4-bit weight is less than a rounding step: requantizing retains about a seventh
@@ -15,57 +15,36 @@ codes, scales, dtypes and bytes stay.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
-from mlx_slim.adapters.inject import adapters_of, remove_adapters
-from mlx_slim.adapters.lora import Adapter
-from mlx_slim.adapters.merge import merged_layer
+from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.adapters.pooled import folded_biases
-from mlx_slim.adapters.saved import former_modules, saved_modules
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
 from mlx_slim.adapters.store import CONFIG, save_adapter
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name, write_json
 from mlx_slim.claims import makes_folder
 from mlx_slim.config.schema import AdapterConfig
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.audit_text import audit_tokens
-from mlx_slim.export.fuse_audit import (
-    MIN_LOGIT_FRACTION,
-    Effect,
-    FusingLoses,
-    effect,
-    weight_retention,
-)
+from mlx_slim.export.folding import fold, retention, with_adapters
+from mlx_slim.export.fuse_audit import MIN_LOGIT_FRACTION, Effect, FusingLoses, effect
 from mlx_slim.export.options import FuseOptions, Mode
+from mlx_slim.models.fidelity import Model
 from mlx_slim.models.lineage import carry
-from mlx_slim.models.load import Loaded, cast, read_weights
-from mlx_slim.models.quantized import densify, dequantize_weight, is_quantized, use_fast_matmul
+from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.models.streamed import answers_of, rounded
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.quantization.apply import parameter_bytes
-from mlx_slim.quantization.base import load_base, recorded_base
+from mlx_slim.quantization.base import recorded_base, unread_base
 from mlx_slim.reading import JsonObject, read_object
-from mlx_slim.runtime import (
-    DTYPES,
-    device_memory,
-    dtype_name,
-    human_bytes,
-    memory_limits,
-    on_gpu,
-    resolve_dtype,
-    to_float,
-)
+from mlx_slim.runtime import DTYPES, dtype_name, human_bytes, memory_limits, resolve_dtype
 
 RECORD = "fuse.json"
 ADAPTER_FOLDER = "adapters"
@@ -197,7 +176,7 @@ def fuse(
     stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
     say(f"loading {source}")
     folders = [one.folder for one in stack]
-    loaded = load_base(
+    loaded = unread_base(
         source, used_folders(stack), revision=options.revision, dtype=compute_dtype()
     )
     for note in loaded.notes:
@@ -210,52 +189,72 @@ def fuse(
         options.length,
         row_limit(loaded.config),
     )
-    model = loaded.model.eval()
-    base = RecordedLogits(model, tokens_NT, out)
-    injected = load_adapters(model, stack)
-    mode = _mode(options.mode, loaded)
+    adapted, injected = with_adapters(loaded, stack)
+    mode = _mode(options.mode, adapted, loaded.source)
+    del adapted
     named = recorded_base(used_folders(stack))
     if named is not None and mode not in ("keep", "biases"):  # not what QLoRA computes in
         stored = DTYPES.get(named[1].stored, stored)
     if options.dtype is not None and mode != "keep":
         stored = resolve_dtype(options.dtype)
-    tuned = RecordedLogits(model.eval(), tokens_NT, out)
+
+    def tuned_model() -> nn.Module:
+        return with_adapters(loaded, stack)[0]
+
+    def fused_model() -> nn.Module:
+        return fold(tuned_model(), mode, stored)
+
+    base = RecordedLogits(answers_of(loaded.open, tokens_NT, "reading the base"), tokens_NT, out)
+    tuned = RecordedLogits(
+        answers_of(tuned_model, tokens_NT, "reading base + adapter"), tokens_NT, out
+    )
     say(f"folding {len(injected.paths)} layers: {mode}")
-    fractions, overall = _fold(model, mode, stored)
-    say(f"comparing base, base + adapter and fused model on {tokens_NT.size:,} tokens")
-    audit = effect(base, tuned, tuned if mode == "keep" else model, tokens_NT)
-    lost = audit.lost()
-    if lost and not options.force:
-        raise FusingLoses(
-            f"fusing would lose the fine-tuning: {lost}; nothing was written", _way_out(mode)
+    keep = mode == "keep"
+    stores = None if keep else rounded(fused_model, stored, compute_dtype())
+    fractions, overall = retention(tuned_model, stores)
+    result: Fused | None = None
+
+    def judge(fused: Model) -> None:
+        nonlocal result
+        say(f"comparing base, base + adapter and fused model on {tokens_NT.size:,} tokens")
+        audit = effect(base, tuned, tuned if keep else fused, tokens_NT)
+        lost = audit.lost()
+        if lost and not options.force:
+            raise FusingLoses(
+                f"fusing would lose the fine-tuning: {lost}; nothing was written", _way_out(mode)
+            )
+        result = Fused(
+            path=out,
+            mode=mode,
+            layers=len(injected.paths),
+            saved=len(injected.saved),
+            dtype=dtype_name(stored),
+            bytes=0,
+            text=text,
+            effect=audit,
+            weights_retained=overall,
+            least_retained=min(fractions.items(), key=lambda item: item[1]),
+            lost=lost,
         )
 
-    result = Fused(
-        path=out,
-        mode=mode,
-        layers=len(injected.paths),
-        saved=len(injected.saved),
-        dtype=dtype_name(stored),
-        bytes=0,
-        text=text,
-        effect=audit,
-        weights_retained=overall,
-        least_retained=min(fractions.items(), key=lambda item: item[1]),
-        lost=lost,
-    )
     say(f"saving {out} and reading it back")
 
     def beside(folder: Path) -> None:
         nonlocal result
-        if mode == "keep":
-            _keep(folder / ADAPTER_FOLDER, model, stack, str(source))
+        if keep:
+            _keep(folder / ADAPTER_FOLDER, loaded.open(), stack, str(source))
             carry(folder / ADAPTER_FOLDER, folders)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        assert result is not None
         result = replace(result, bytes=size)
         write_json(folder / RECORD, _record(result, source, stack))
 
-    merged = () if mode == "keep" else folders
-    save_checked(out, loaded, loaded.config, stored, beside, merged)
+    written = loaded if keep else replace(loaded, open=fused_model)
+    merged = () if keep else folders
+    save_checked(
+        out, written, loaded.config, stored, beside, merged, judged_NT=tokens_NT, judge=judge
+    )
+    assert result is not None
     return result
 
 
@@ -269,16 +268,16 @@ def _keep(folder: Path, model: nn.Module, stack: list[Weighted], base: str) -> N
     save_adapter(folder, model, config, injected, dora=False, base=base)
 
 
-def _mode(mode: Mode, loaded: Loaded) -> str:
-    quantized = is_quantized(loaded.model)
+def _mode(mode: Mode, adapted: nn.Module, source: str) -> str:
+    quantized = is_quantized(adapted)
     if mode == "requantize" and not quantized:
         raise SlimError(
-            f"{loaded.source} is not quantized: there is no format to quantize it back to",
+            f"{source} is not quantized: there is no format to quantize it back to",
             "fuse it without --requantize, then: mlx-slim quantize FUSED -o DIR",
         )
     if mode in ("keep", "dequantize") or (quantized and mode == "requantize"):
         return mode if quantized or mode == "keep" else "merge"
-    if all(folded_biases(adapter) is not None for _, adapter in adapters_of(loaded.model)):
+    if all(folded_biases(adapter) is not None for _, adapter in adapters_of(adapted)):
         return "biases"
     return "dequantize" if quantized else "merge"
 
@@ -289,93 +288,6 @@ def _way_out(mode: str) -> str:
     if mode == "biases":
         return "use --dtype float32, --dequantize or --keep, or --force to write it anyway"
     return "use --dtype float32 or --keep, or --force to write it anyway"
-
-
-def _fold(model: nn.Module, mode: str, stored: mx.Dtype) -> tuple[dict[str, float], float]:
-    """Fuse ``model`` in place, as it will be stored, in the dtype that models compute in.
-
-    Returns:
-        The fraction of each layer's change that is left, and that over all layers.
-    """
-    compute = compute_dtype()
-    wide = compute is not None or mode == "requantize"
-    _check_memory(model, mode, 4 if wide else stored.size)
-    fractions: dict[str, float] = {}
-    sizes: dict[str, float] = {}
-    waiting = adapters_of(model)[::-1]
-    while waiting:  # popped, so that each former layer is freed as soon as it is replaced
-        path, adapter = waiting.pop()
-        base, merged = dequantize_weight(adapter.base), adapter.merged_weight()
-        now = merged
-        if mode != "keep":
-            if mode == "biases":
-                layer = _with_biases(adapter)
-            else:
-                layer = merged_layer(adapter, mx.float32 if wide else stored)
-            if mode == "requantize":
-                layer = _requantized(layer, adapter.base)
-            for dtype in filter(None, (stored, compute)):
-                cast(layer, dtype)
-                read_weights(layer)
-            model.update_modules(tree_unflatten([(path, layer)]))
-            now = dequantize_weight(layer)
-        sizes[path] = to_float(mx.square(merged - base).sum())
-        fractions |= weight_retention([(path, base, merged, now)])
-    if mode == "keep":
-        remove_adapters(model)
-    else:
-        if mode == "requantize":
-            for path, former in former_modules(model).items():
-                layer = _requantized(saved_modules(model)[path], former)
-                model.update_modules(tree_unflatten([(path, layer)]))
-        if mode == "dequantize":
-            densify(model, None if wide else stored)  # on a GPU a float32 model is a second one
-        for dtype in filter(None, (stored, compute)):
-            cast(model, dtype)
-            read_weights(model)
-        use_fast_matmul(model)
-    model.freeze()
-    total = sum(sizes.values())
-    along = sum(fractions[path] * sizes[path] for path in fractions)
-    return fractions, along / total if total > 0 else 1.0
-
-
-def _check_memory(model: nn.Module, mode: str, itemsize: int) -> None:
-    """Refuse to start where a dense layer, or the growth of the model, does not fit beside it."""
-    layers = {path: adapter.base for path, adapter in adapters_of(model)}
-    if mode == "dequantize":
-        layers |= {path: each for path, each in model.named_modules() if "scales" in each}
-    dense = {id(each): itemsize * _dense_size(each) for each in layers.values()}
-    grown = {id(each): dense[id(each)] - parameter_bytes(each) for each in layers.values()}
-    needed = max(dense.values()) + (sum(grown.values()) if mode == "dequantize" else 0)
-    free = device_memory() - (mx.get_active_memory() if on_gpu() else 0)
-    if mode != "keep" and needed > free:
-        raise ResourceError(
-            f"fusing needs {human_bytes(needed)} more than the base, {human_bytes(free)} are free",
-            "close other programs, or use --keep, which dequantizes no layers",
-        )
-
-
-def _dense_size(layer: Any) -> int:
-    """Return the numbers of the weight of a linear layer or embedding, quantized or not."""
-    return layer["scales"].size * layer.group_size if "scales" in layer else layer["weight"].size
-
-
-def _with_biases(adapter: Adapter) -> nn.Module:
-    """Return the base layer of ``adapter`` with biases that hold its update, float32."""
-    layer = copy.copy(adapter.base)  # codes and scales are the same arrays
-    layer["biases"] = folded_biases(adapter)
-    return layer
-
-
-def _requantized(dense: Any, former: Any) -> nn.Module:
-    """Return ``dense`` in the format of ``former``, if that was quantized."""
-    if "scales" not in former:
-        return dense
-    layer = dense.to_quantized(group_size=former.group_size, bits=former.bits, mode=former.mode)
-    mx.eval(layer.parameters())
-    use_fast_matmul(layer)
-    return layer
 
 
 def _record(result: Fused, source: str | Path, stack: list[Weighted]) -> JsonObject:

@@ -308,7 +308,7 @@ def _quantized_types() -> tuple[type, ...]:
     return nn.QuantizedLinear, nn.QuantizedEmbedding, *expert_types()[1:]
 
 
-def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
+def densify(model: nn.Module, dtype: mx.Dtype | None = None, *, read: bool = True) -> int:
     """Replace quantized layers by dense ones with the same outputs, in place, one at a time.
 
     For generation and scoring on a CPU when memory allows (8 times that of 4 bits).
@@ -317,6 +317,7 @@ def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
         model: Any model.
         dtype: Of the dense layers, whose weights are computed in float32; None leaves these in
             float32 and biases as they are.
+        read: Evaluate each layer; else it is made where it is read (``models.streamed``).
 
     Returns:
         The number of layers replaced.
@@ -330,7 +331,8 @@ def densify(model: nn.Module, dtype: mx.Dtype | None = None) -> int:
         dense = dense_layer(module, weight)
         if "bias" in dense and dtype is not None:
             dense["bias"] = dense["bias"].astype(dtype)
-        mx.eval(dense.parameters())
+        if read:
+            mx.eval(dense.parameters())
         dense.freeze()
         dense.train(module.training)
         model.update_modules(tree_unflatten([(path, dense)]))

@@ -70,10 +70,17 @@ def unread(
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
 
-    def open_model() -> nn.Module:
-        return opened(folder, dtype, trust_remote_code)[0]
+    def opened() -> tuple[nn.Module, ModelConfig, list[str]]:
+        model, config, notes = open_weights(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        with library_errors(f"{short(folder)}: its weights cannot be read"):
+            correct_gemma(model, config)
+            use_fast_gated_delta(model)
+        return model, config, notes
 
-    model, config, notes = opened(folder, dtype, trust_remote_code)
+    open_model = with_fast_forwards(lambda: opened()[0])
+    model, config, notes = opened()
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     with stage(f"loading the tokenizer of {public_name(source)}"):
@@ -89,22 +96,24 @@ def unread(
     )
 
 
-def opened(
-    folder: Path, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, ModelConfig, list[str]]:
-    """Return what ``open_weights`` does, with the forward passes that ``load`` gives a model."""
-    model, config, notes = open_weights(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    with library_errors(f"{short(folder)}: its weights cannot be read"):
-        correct_gemma(model, config)
-        use_fast_gated_delta(model)
-        use_fast_forwards(model)
-    return model, config, notes
+def with_fast_forwards(weights: Open) -> Open:
+    """Return what opens the same model with the forward passes of a CPU.
 
+    They are tried on real weights, of a model that is dropped: what is opened has read none.
+    """
+    tried = weights()
+    use_fast_matmul(tried)
+    use_fast_swiglu(tried)
+    classes = {path: type(module) for path, module in tried.named_modules()}
+    del tried
 
-def use_fast_forwards(model: nn.Module) -> None:
-    """Give a model that is read later the forward passes of a CPU."""
-    use_fast_matmul(model)
-    use_fast_swiglu(model)
+    def open_model() -> nn.Module:
+        model = weights()
+        for path, module in model.named_modules():
+            module.__class__ = classes[path]
+        return model
+
+    return open_model
 
 
 def weights_of(model: Loaded | Unread) -> Weights:

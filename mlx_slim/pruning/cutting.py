@@ -21,7 +21,13 @@ from mlx_slim.artifacts import atomic_file, load_tensors, save_tensors
 from mlx_slim.models.load import Loaded
 from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.recorded_logits import free_weights
-from mlx_slim.models.streamed import Unread, Weights, count_of_blocks, weights_of
+from mlx_slim.models.streamed import (
+    Unread,
+    Weights,
+    count_of_blocks,
+    weights_of,
+    with_fast_forwards,
+)
 from mlx_slim.models.structure import HIDDEN
 from mlx_slim.pruning import importance, surgery, width
 from mlx_slim.pruning.depth import choose_layers
@@ -136,7 +142,8 @@ def cut(
         changes = Changes(_removed_layers(planned, removed, scores))
 
         def without(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
-            return surgery.without_layers(model, loaded.config, removed)
+            read = isinstance(loaded, Loaded)
+            return surgery.without_layers(model, loaded.config, removed, read=read)
 
         return *_cut(loaded, without), changes
     mixture = mixture_of(loaded.config)
@@ -159,9 +166,9 @@ def cut(
             )
 
     def narrowed(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
-        donate = isinstance(loaded, Loaded)
+        read = isinstance(loaded, Loaded)
         return surgery.with_groups(
-            model, loaded.config, retained, uniform=options.uniform, donate=donate
+            model, loaded.config, retained, uniform=options.uniform, donate=read, read=read
         )
 
     model, config = _cut(loaded, narrowed)
@@ -189,7 +196,7 @@ def _cut(
 ) -> tuple[Weights, ModelConfig]:
     """Return what ``change`` makes of a model, or what opens that, and its config."""
     if isinstance(loaded, Unread):
-        return (lambda: change(loaded.open())[0]), change(loaded.open())[1]
+        return with_fast_forwards(lambda: change(loaded.open())[0]), change(loaded.open())[1]
     model, config = change(loaded.model)
     free_weights(loaded.model)
     return model, config

@@ -181,9 +181,12 @@ def config_with_sizes(
 
 
 def without_layers(
-    model: nn.Module, config: ModelConfig, layers: Sequence[int]
+    model: nn.Module, config: ModelConfig, layers: Sequence[int], *, read: bool = True
 ) -> tuple[nn.Module, ModelConfig]:
-    """Return a model without ``layers`` that reuses the weights of ``model``, and its config."""
+    """Return a model without ``layers`` that reuses the weights of ``model``, and its config.
+
+    Without ``read``, nothing is evaluated.
+    """
     new = config_without_layers(config, layers)
     prefix = structure.blocks_path(model)
     stays = [i for i in range(len(structure.blocks(model))) if i not in set(layers)]
@@ -196,7 +199,7 @@ def without_layers(
                 continue
             path = f"{prefix}.{number[int(old)]}.{rest}"
         weights[path] = value
-    return _filled(new, weights), new
+    return _filled(new, weights, read), new
 
 
 def with_groups(
@@ -206,11 +209,12 @@ def with_groups(
     *,
     uniform: bool,
     donate: bool = False,
+    read: bool = True,
 ) -> tuple[nn.Module, ModelConfig]:
     """Return a model of the groups ``retained`` (kind -> their numbers by layer), and its config.
 
-    With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut. Else nothing
-    is evaluated here.
+    With ``donate``, ``model`` loses its weights: each is freed as soon as it is cut. Without
+    ``read``, nothing is evaluated.
     """
     sizes = {kind: [len(numbers) for numbers in layers] for kind, layers in retained.items()}
     new = config_with_sizes(config, sizes, uniform=uniform)
@@ -234,13 +238,13 @@ def with_groups(
     for path, axis, count, groups in cuts:
         if len(groups) < count:
             weights[path] = _take(weights[path], axis, count, groups)
-            if donate:
+            if read:
                 mx.eval(weights[path])
     for path, change in changes.items():
         weights[path] = change(weights[path])
-        if donate:
+        if read:
             mx.eval(weights[path])
-    return _filled(new, weights), new
+    return _filled(new, weights, read), new
 
 
 def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.array:
@@ -250,11 +254,12 @@ def _take(value: mx.array, axis: int, count: int, groups: np.ndarray) -> mx.arra
     return mx.take(value, mx.array(rows), axis=axis)
 
 
-def _filled(config: ModelConfig, weights: dict[str, mx.array]) -> nn.Module:
+def _filled(config: ModelConfig, weights: dict[str, mx.array], read: bool) -> nn.Module:
     model = build(config)
     fill(model, Path("the pruned model"), weights)
     correct_gemma(model, config)
     use_fast_gated_delta(model)
-    use_fast_swiglu(model)
+    if read:
+        use_fast_swiglu(model)
     model.eval()
     return model

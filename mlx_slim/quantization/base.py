@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig, Recipe
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.load import Loaded, Transform, cast, load, read_config, read_weights
 from mlx_slim.models.quantized import LayerFormat
-from mlx_slim.quantization.apply import load_quantized
+from mlx_slim.models.streamed import Unread, unread
+from mlx_slim.quantization.apply import load_quantized, quantize_model
 from mlx_slim.reading import JsonObject, field, library_errors, read_object, short, shown
 from mlx_slim.runtime import DTYPES, dtype_name, resolve_dtype
 
@@ -148,8 +150,8 @@ def load_base(
     Raises:
         SlimError: As ``load``; if the adapters name different bases.
     """
-    recorded = recorded_base(adapters)
-    if recorded is None or "quantization" in read_config(source, revision):
+    computed, note = _computed_with(source, adapters, revision)
+    if computed is None:
         return load(
             source,
             revision=revision,
@@ -157,30 +159,72 @@ def load_base(
             trust_remote_code=trust_remote_code,
             transform=transform,
         )
-    adapter, named = recorded
-    base_folder = None if named.folder is None else (adapter / named.folder).resolve()
-    trained = f"{adapter} was trained on {source} in {named}"
-    if (
-        base_folder is not None
-        and (base_folder / "config.json").is_file()
-        and _same(source, revision, named)
-    ):
-        loaded = load(base_folder, dtype=dtype)
-        note = f"{trained}: computing with {base_folder}"
+    if isinstance(computed, Path):
+        loaded = load(computed, dtype=dtype)
     else:
-        settings = QuantizeConfig.model_validate(asdict(named.quantize))
+        settings = QuantizeConfig.model_validate(asdict(computed.quantize))
         loaded, _ = load_quantized(
             source,
             settings,
             revision=revision,
-            dtype=DTYPES[named.dtype],
+            dtype=DTYPES[computed.dtype],
             trust_remote_code=trust_remote_code,
         )
-        if dtype is not None and dtype != DTYPES[named.dtype]:
+        if dtype is not None and dtype != DTYPES[computed.dtype]:
             cast(loaded.model, dtype)
             read_weights(loaded.model)
-        note = f"{trained}: quantized again while it was read"
     return replace(loaded, source=str(source), notes=[*loaded.notes, note])
+
+
+def unread_base(
+    source: str | Path,
+    adapters: Sequence[Path] = (),
+    *,
+    revision: str | None = None,
+    dtype: mx.Dtype | None = None,
+) -> Unread:
+    """Return what ``load_base`` does, its weights unread; the arguments are the same.
+
+    Raises:
+        SlimError: As ``load_base``.
+    """
+    computed, note = _computed_with(source, adapters, revision)
+    if computed is None:
+        return unread(source, revision=revision, dtype=dtype)
+    if isinstance(computed, Path):
+        read = unread(computed, dtype=dtype)
+        return replace(read, source=str(source), notes=[*read.notes, note])
+    read = unread(source, revision=revision, dtype=DTYPES[computed.dtype])
+    settings = QuantizeConfig.model_validate(asdict(computed.quantize))
+
+    def open_model() -> nn.Module:
+        model = read.open()
+        quantize_model(model, read.config, settings, read=False)
+        if dtype is not None:
+            cast(model, dtype)
+        return model
+
+    config = quantize_model(read.open(), read.config, settings, read=False).config
+    notes = [*read.notes, note]
+    return replace(read, open=open_model, config=config, source=str(source), notes=notes)
+
+
+def _computed_with(
+    source: str | Path, adapters: Sequence[Path], revision: str | None
+) -> tuple[Path | QuantizedBase | None, str]:
+    """Return what adapters compute over in place of ``source``, and a note that says so.
+
+    A folder, or how ``source`` is quantized again; None and no note for ``source`` itself.
+    """
+    recorded = recorded_base(adapters)
+    if recorded is None or "quantization" in read_config(source, revision):
+        return None, ""
+    adapter, named = recorded
+    folder = None if named.folder is None else (adapter / named.folder).resolve()
+    trained = f"{adapter} was trained on {source} in {named}"
+    if folder is not None and (folder / "config.json").is_file() and _same(source, revision, named):
+        return folder, f"{trained}: computing with {folder}"
+    return named, f"{trained}: quantized again while it was read"
 
 
 def _same(source: str | Path, revision: str | None, named: QuantizedBase) -> bool:
