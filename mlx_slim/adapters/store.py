@@ -302,7 +302,8 @@ def put(model: nn.Module, stored: StoredAdapter) -> Injected:
         if isinstance(adapter, PooledLoRALinear):
             tensors[f"{path}.lora_a"] = tensors[f"{path}.lora_a"][:: adapter.group_size]
     model.load_weights(list(tensors.items()), strict=False)
-    mx.eval([adapter.parameters() for _, adapter in placed], saved_tensors(model))
+    factors = [value for _, one in placed for value in one.values() if isinstance(value, mx.array)]
+    mx.eval(factors, saved_tensors(model))  # the base may be unread, and stays so
     return summary(model, placed, stored.scale, stored.scale * stored.rank)
 
 

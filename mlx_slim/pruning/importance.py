@@ -296,7 +296,8 @@ def _block_gradients(
 
 
 def _by_activation(model: Weights, kinds: tuple[str, ...], rows_NT: mx.array) -> Scores:
-    squares: dict[str, mx.array] = {}  # Σ over rows of the squared norm, (T, G)
+    scores: Scores = {}
+    squares: dict[str, mx.array] = {}  # of a block: Σ over rows of the squared norm, (T, G)
     shapes = model if isinstance(model, nn.Module) else model()
     channels = residual(shapes) if HIDDEN in kinds else None
     walk = Walk(model, [mx.array(batch.tokens_BT) for batch in batches_of(rows_NT)])
@@ -318,7 +319,8 @@ def _by_activation(model: Weights, kinds: tuple[str, ...], rows_NT: mx.array) ->
                     watch(path, f"{layer}.{path}", channels.channels.count)
             for _ in walk.passed(layer):
                 mx.eval(squares)
-    scores = {name: np.array(mx.sqrt(total_TG).mean(axis=0)) for name, total_TG in squares.items()}
+        for name in list(squares):
+            scores[name] = np.array(mx.sqrt(squares.pop(name)).mean(axis=0))
     if channels:
         names = [f"{i}.{path}" for i, paths in enumerate(channels.readers) for path in paths]
         scores[HIDDEN] = np.sum([scores.pop(name) for name in names], axis=0)

@@ -112,16 +112,6 @@ def test_a_delta_that_16_bits_swallow_is_refused(tmp_path: Path) -> None:
     assert fuse(base, adapter, tmp_path / "out", wide).effect.retained == pytest.approx(1, abs=0.02)
 
 
-def test_too_little_memory_is_refused_before_the_work(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter = write_adapter(tmp_path / "a", tiny("llama"))
-    monkeypatch.setattr("mlx_slim.export.fuse.device_memory", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"more than the base, 1\.00 kB are free") as caught:
-        fuse(tiny("llama"), adapter, tmp_path / "out", OPTIONS)
-    assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
-
-
 def test_an_adapter_without_effect_loses_nothing(tiny: Callable[..., Path], tmp_path: Path) -> None:
     base = tiny("llama")
     result = fuse(base, write_adapter(tmp_path / "a", base, size=0.0), tmp_path / "out", OPTIONS)
