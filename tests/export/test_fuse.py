@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_slim.adapters.inject import adapters_of
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.cli.main import run
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import SlimError
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.fuse_audit import effect
 from mlx_slim.models.load import load
