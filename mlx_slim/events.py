@@ -43,6 +43,7 @@ class Started(Event):
         total_epochs: Passes over the training rows (may be a fraction).
         budget_bytes: Memory that the run may use, bytes.
         first_step: Steps already done (more than 0 after a resume).
+        ranks: Processes that compute each step; None for one.
     """
 
     name: ClassVar[str] = "started"
@@ -50,6 +51,7 @@ class Started(Event):
     total_epochs: float
     budget_bytes: int
     first_step: int = 0
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class StepDone(Event):
         tokens: Real (non-padding) tokens of the step, over all ranks.
         computed_tokens: Tokens computed, padding included.
         supervised_tokens: Tokens that the loss counted.
-        tokens_per_second: Real tokens per second of computing, without pauses (``train.duty``).
+        tokens_per_second: Real tokens per second of computing, without pauses (``train.duty``),
+            of all ranks.
         learning_rate: The rate that this step used.
         grad_norm: L2 norm of the gradient before clipping.
         active_memory_bytes: MLX memory in use after the step, bytes.
@@ -155,11 +158,15 @@ class Saved(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """Training resumes from the checkpoint at ``path`` (relative to the run folder)."""
+    """Training resumes from the checkpoint at ``path`` (relative to the run folder).
+
+    ``ranks``: processes that compute each step from here on; None for one.
+    """
 
     name: ClassVar[str] = "resumed"
     step: int
     path: str
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ class TrainConfig(Section):
             no dropout, ``true`` also where the gain is small. The loss is the same; dropout draws
             one mask for the shared part. Off in a compiled step (``compile``) and for models whose
             attention cannot share.
-        accumulate: Micro-batches per optimizer step and rank.
+        accumulate: Micro-batches per optimizer step, on any number of ranks.
+        scale_with_ranks: Whether a step has ``accumulate`` micro-batches for each rank: another run
+            on another number of them. Learning rate, warm-up and ``steps`` stay what they are.
         learning_rate: Peak rate.
         layer_decay: Ratio of the learning rates of a block and the one above it; the last block
             and the head have the full rate, the embedding the least (``training/layer_rates.py``).
@@ -87,6 +89,7 @@ class TrainConfig(Section):
     batching: Literal["auto", "grouped", "packed"] = "auto"
     prefix_sharing: Literal["auto"] | bool = "auto"
     accumulate: PositiveInt = 1
+    scale_with_ranks: bool = False
     learning_rate: Rate = 2.0e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     fallback_learning_rate: Rate | None = None

@@ -187,10 +187,11 @@ class TrainingProgress:
         match event:
             case Started():
                 resumed = f", from step {event.first_step}" if event.first_step else ""
+                ranks = f" on {event.ranks} ranks" if event.ranks else ""
                 budget = runtime.human_bytes(event.budget_bytes)
                 return (
-                    f"training {event.total_steps} steps, {event.total_epochs:g} epochs{resumed}, "
-                    f"memory budget {budget}"
+                    f"training {event.total_steps} steps{ranks}, {event.total_epochs:g} "
+                    f"epochs{resumed}, memory budget {budget}"
                 )
             case StepDone():
                 left = eta(self.remaining_seconds())
@@ -263,7 +264,8 @@ class TrainingView:
                 p.started.budget_bytes if p.started else 0,
             ),
         ]
-        title = f"[bold]{escape(self.title)}[/]" if self.title else None
+        ranks = f" on {p.started.ranks} ranks" if p.started and p.started.ranks else ""
+        title = f"[bold]{escape(self.title)}[/]{ranks}" if self.title else None
         yield Panel(Group(*lines), title=title, title_align="left", border_style="dim")
 
     def _numbers(self, width: int) -> Table:

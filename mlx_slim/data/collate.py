@@ -35,6 +35,20 @@ class RowStore(Protocol):
         ...
 
 
+class DrawnRows(NamedTuple):
+    """Some rows of a micro-batch, which have the random numbers that they have in the whole of it.
+
+    Attributes:
+        rows_B: int32 numbers of the rows in the micro-batch; 0 of padding.
+        batch: Its rows.
+        width: Its positions.
+    """
+
+    rows_B: np.ndarray
+    batch: int
+    width: int
+
+
 class TokenNode(NamedTuple):
     """A run of positions of a list of tokens that rows share (``data/shared.py``).
 
@@ -82,6 +96,7 @@ class Batch:
         sampled: Its rows are answers that the model wrote (``training/rounds.py``): ``sources_N``
             numbers the targets of these.
         unit: Neighbouring rows that one shard holds, such as both answers of a pair.
+        drawn: Of rows that one rank computes of a micro-batch (``data/rank_rows.py``).
     """
 
     tokens_BT: np.ndarray
@@ -97,44 +112,55 @@ class Batch:
     nodes: tuple[TokenNode, ...] | None = None
     sampled: bool = False
     unit: int = 1
+    drawn: DrawnRows | None = None
 
     def shards(self, count: int) -> list[Batch]:
         """Return up to ``count`` batches of neighbouring sequences that make up this one.
 
         Only a batch that stays whole keeps what it is padded with.
         """
-        batch, width = self.tokens_BT.shape
-        targets = (
-            np.ones(len(self.targets_N), bool) if self.weights_N is None else self.weights_N > 0
-        )
-        batch = int(self.positions_N[targets].max()) // width + 1
+        batch = self.used_rows
         count = min(count, batch // self.unit)
         if count <= 1:
             return [self]
-        shards = []
-        for units in np.array_split(np.arange(batch).reshape(-1, self.unit), count):
-            rows = units.reshape(-1)
-            here = targets & np.isin(self.positions_N // width, rows)
-            positions = self.positions_N[here] - rows[0] * width
-            used = int((positions % width).max()) + 1  # later positions predict nothing
-            segments = None if self.segments_BT is None else self.segments_BT[rows, :used]
-            weights = None if self.weights_N is None else self.weights_N[here]
-            shard = Batch(
-                tokens_BT=self.tokens_BT[rows, :used],
-                positions_N=(positions // width * used + positions % width).astype(np.int32),
-                targets_N=self.targets_N[here],
-                sources_N=self.sources_N[here],
-                segments_BT=segments,
-                real_tokens=round(self.real_tokens * len(rows) / batch),
-                rows=round(self.rows * len(rows) / batch),
-                lengths_BT=self.lengths_BT[rows, :used],
-                entropy=(*self.entropy, len(shards)) if self.entropy else (),
-                weights_N=None if weights is None or (weights == 1).all() else weights,
-                sampled=self.sampled,
-                unit=self.unit,
-            )
-            shards.append(shard)
-        return shards
+        units = np.array_split(np.arange(batch).reshape(-1, self.unit), count)
+        shards = [self.only(rows.reshape(-1)) for rows in units]
+        if not self.entropy:
+            return shards
+        return [replace(one, entropy=(*self.entropy, i)) for i, one in enumerate(shards)]
+
+    @property
+    def _targets(self) -> np.ndarray:
+        """Whether a target counts, bool (N,)."""
+        return np.ones(len(self.targets_N), bool) if self.weights_N is None else self.weights_N > 0
+
+    @property
+    def used_rows(self) -> int:
+        """Rows up to the last one with a target: what follows is padding."""
+        return int(self.positions_N[self._targets].max()) // self.tokens_BT.shape[1] + 1
+
+    def only(self, rows: np.ndarray) -> Batch:
+        """Return the batch of some rows (ascending numbers), without what it is padded with."""
+        batch, width = self.used_rows, self.tokens_BT.shape[1]
+        row_N = self.positions_N // width
+        here = self._targets & np.isin(row_N, rows)
+        columns = self.positions_N[here] % width
+        used = int(columns.max()) + 1  # later positions predict nothing
+        weights = None if self.weights_N is None else self.weights_N[here]
+        return Batch(
+            tokens_BT=self.tokens_BT[rows, :used],
+            positions_N=(np.searchsorted(rows, row_N[here]) * used + columns).astype(np.int32),
+            targets_N=self.targets_N[here],
+            sources_N=self.sources_N[here],
+            segments_BT=None if self.segments_BT is None else self.segments_BT[rows, :used],
+            real_tokens=round(self.real_tokens * len(rows) / batch),
+            rows=round(self.rows * len(rows) / batch),
+            lengths_BT=self.lengths_BT[rows, :used],
+            entropy=self.entropy,
+            weights_N=None if weights is None or (weights == 1).all() else weights,
+            sampled=self.sampled,
+            unit=self.unit,
+        )
 
     @property
     def computed_tokens(self) -> int:

@@ -51,6 +51,7 @@ from mlx_slim.training.loop import Loop
 from mlx_slim.training.neftune import NoisyEmbeddings
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
+from mlx_slim.training.ranks import fewest
 from mlx_slim.training.step import CrossEntropy, Objective
 
 _WORTH_SHARING = 0.1  # of the time, below which rows that begin alike stay side by side
@@ -345,7 +346,7 @@ def build_loop(
         text = f"rows share what they begin with: {1 - shared:.0%} fewer positions are computed"
         observer.notify(events.Notice(text))
     # Each chunk has separate gradients: cheap for adapters, a second model for full tuning.
-    num_threads = 1 if recipe.trains_weights or compiled else default_num_threads()
+    num_threads = 1 if recipe.trains_weights or compiled else fewest(default_num_threads())
     vocabulary = tuned.config.get("vocab_size", 8)
     objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)
     if isinstance(objective, CrossEntropy) and objective.split is None:

@@ -6,13 +6,18 @@ behind. Try it: ``mlx-slim train smollm2-lora memory.budget=100MB -o runs/try``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
+
+from mlx_slim.artifacts import hash_bytes, provenance
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import ResourceError
 from mlx_slim.planner.memory import Prediction
-from mlx_slim.runtime import free_disk, human_bytes
+from mlx_slim.runtime import all_gather_bytes, free_disk, human_bytes
 from mlx_slim.training.loop import Loop
+from mlx_slim.training.ranks import check_same
 
 
 def check_disk(out: Path, prediction: Prediction) -> None:
@@ -38,18 +43,36 @@ def check_loading(recipe: Recipe, prediction: Prediction, budget: int) -> None:
 
 
 def preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
-    """Run the largest micro-batch; refuse to start over the budget.
+    """Run the largest micro-batch; refuse to start over the budget, or with ranks that differ.
 
     A prediction of twice the budget is believed without a try, which could exhaust the machine.
     """
+    _check_ranks(loop)
     over = prediction.predicted_peak_bytes > 2 * budget
     peak = prediction.predicted_peak_bytes if over else loop.preflight()
-    if peak > budget:
-        raise ResourceError(
-            f"this run needs {human_bytes(peak)} ({'predicted' if over else 'measured'}), "
-            f"the budget is {human_bytes(budget)}",
-            _cheapest_fit(prediction, peak, budget),
-        )
+    of_ranks = [json.loads(each) for each in all_gather_bytes(json.dumps([peak, budget]).encode())]
+    for rank, (needed, allowed) in enumerate(of_ranks):
+        if needed > allowed:
+            where = f" on rank {rank}" * (len(of_ranks) > 1)
+            raise ResourceError(
+                f"this run needs {human_bytes(needed)} ({'predicted' if over else 'measured'})"
+                f"{where}, the budget is {human_bytes(allowed)}",
+                _cheapest_fit(prediction, needed, allowed),
+            )
+
+
+def _check_ranks(loop: Loop) -> None:
+    """Refuse ranks that would take other steps than rank 0."""
+    batcher, installed = loop.batcher, provenance()["versions"]
+    rows = np.ascontiguousarray([batcher.rows.lengths, batcher.rows.supervised], np.int64)
+    facts = {
+        **{name: installed.get(name, "none") for name in ("mlx-slim", "mlx", "mlx-lm", "numpy")},
+        "training rows": f"{len(batcher.rows):,} ({hash_bytes(rows.tobytes())[:8]})",
+        "batching": batcher.mode,
+        "compiled steps": loop.compiled,
+        "steps": loop.total,
+    }
+    check_same(facts)
 
 
 def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:

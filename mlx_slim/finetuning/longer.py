@@ -20,7 +20,7 @@ from mlx_slim.training.extension import describe
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.optim import Extended, warmup_steps
 from mlx_slim.training.state import read_state
-from mlx_slim.training.step_plan import total_steps
+from mlx_slim.training.step_plan import check_position, total_steps
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,16 @@ def plan_resume(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> 
         reached: The newest checkpoint there.
 
     Raises:
-        SlimError: If it has fewer steps than the run was to take, or has more and cannot be
-        resumed.
+        SlimError: If it has fewer steps than the run was to take, has more and cannot be resumed,
+            or its steps hold other micro-batches than those that the run took.
     """
+    resume = _plan(out, recipe, loop, reached)
+    if resume.start is not None and not resume.complete:
+        check_position(loop.batcher, recipe.train, read_state(resume.start))
+    return resume
+
+
+def _plan(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> ResumePlan:
     before = _steps(out / STATE_FILE, loop)
     done = _steps(out / RECORD, loop) if (out / RECORD).exists() else 0
     if loop.total < before:

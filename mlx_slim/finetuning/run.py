@@ -74,6 +74,7 @@ from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
+from mlx_slim.training.ranks import scaling_notice
 
 
 def finetune(
@@ -174,6 +175,8 @@ def _run(
                 listeners.notify(events.Notice(resume_plan.note))
             loop.resume(newest)
         else:
+            if scaled := scaling_notice(recipe.train):
+                listeners.notify(events.Notice(scaled))
             advice = rank_advice(recipe, loop.total)
             for line in notes(built.data.ledger):
                 listeners.notify(events.Notice(line, "warning"))
@@ -375,6 +378,7 @@ def _record(
         "origins": resolved.origins,
         "dtype": dtype_name(resolve_dtype(resolved.recipe.train.dtype)),
         "provenance": provenance(),
+        "ranks": world().size(),
         "budget_bytes": budget,
         "artifact_bytes": sum(path.stat().st_size for path in files),
         **({"extended": asdict(extended)} if extended else {}),

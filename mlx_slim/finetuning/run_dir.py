@@ -202,6 +202,8 @@ def _check_same(out: Path, recipe: Recipe) -> list[str]:
         record = read_object(file, recipe=dict)
         _, notices = rename(record["recipe"], RECIPE, lambda _: short(file))
         started = current_recipe(record["recipe"])
+        if "scale_with_ranks" not in record["recipe"]["train"]:  # then it scaled, on several ranks
+            started["train"]["scale_with_ranks"] = recipe.train.scale_with_ranks
     different = _differences(started, recipe.model_dump(mode="json"))
     adapters = adapter_hashes(recipe)
     different += [

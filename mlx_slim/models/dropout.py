@@ -1,17 +1,20 @@
-"""Dropout masks that a recomputed block can draw again.
+"""Dropout masks that a recomputed block, or another rank, can draw again.
 
 Invariant: inside ``dropout_from`` masks follow from its key alone, so a block that is computed
 twice (gradient checkpointing) sees the same masks; outside they come from the global random state.
+Inside ``drawn_for`` some rows of a micro-batch see the masks that they have in the whole of it.
+Legend: B sequences, T positions. Try it: ``python -m pytest tests/models/test_dropout.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
 _keys: list[mx.array] = []
+_rows: list[tuple[mx.array, int, int]] = []
 
 
 def draw_key() -> mx.array:
@@ -38,4 +41,29 @@ def dropout_mask(keep: float, shape: tuple[int, ...]) -> mx.array:
     key = None
     if _keys:
         key, _keys[-1] = mx.random.split(_keys[-1])
-    return mx.random.bernoulli(keep, shape, key=key)
+    return drawn(lambda shape: mx.random.bernoulli(keep, shape, key=key), shape)
+
+
+@contextlib.contextmanager
+def drawn_for(rows_B: mx.array, batch: int, width: int) -> Iterator[None]:
+    """Draw for the rows ``rows_B`` (int32) of a micro-batch of ``batch`` rows, ``width`` wide."""
+    _rows.append((rows_B, batch, width))
+    try:
+        yield
+    finally:
+        _rows.pop()
+
+
+def drawn(draw: Callable[[tuple[int, ...]], mx.array], shape: tuple[int, ...]) -> mx.array:
+    """Return ``draw(shape)``; inside ``drawn_for`` what it draws for these rows of the whole.
+
+    Args:
+        draw: Draws an array of a shape.
+        shape: (B, T, ...) of the rows that are computed.
+    """
+    if not _rows:
+        return draw(shape)
+    rows_B, batch, width = _rows[-1]
+    if shape[0] != rows_B.size or shape[1] > width:
+        raise AssertionError(f"{shape} are no {rows_B.size} rows of {batch}, {width} wide")
+    return mx.take(draw((batch, width, *shape[2:]))[:, : shape[1]], rows_B, axis=0)

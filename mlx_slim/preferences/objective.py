@@ -22,8 +22,10 @@ from mlx_slim.data.batches import Batch, RowStore, first_targets
 from mlx_slim.models.logits import token_nll
 from mlx_slim.preferences.losses import AnswerPairs, kto_losses, pair_losses, pair_rewards
 from mlx_slim.preferences.scorer import RowScorer
+from mlx_slim.runtime import world
 from mlx_slim.training.log_probs import target_log_probs
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows, total_weight
+from mlx_slim.training.ranks import sum_numbers
+from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 POLICY_ACCURACY = "policy/accuracies"  # chosen has the higher mean log-probability
@@ -164,7 +166,7 @@ class PairObjective(AnswerLogProbs):
         for batch in batches:
             pairs += self.weight(batch)
             tokens += np.count_nonzero(place(batch, self.firsts_R).row_N % 2 == 0)
-        self._nll_scale = total_weight(pairs) / max(1.0, total_weight(tokens))
+        self._nll_scale = pairs / max(1.0, tokens)
 
     def arrays(self, batch: Batch) -> Arrays:
         """Return ``batch_arrays``, row of each target, real pairs, reference, and ORPO's NLL."""
@@ -243,18 +245,21 @@ class KtoObjective(AnswerLogProbs):
     def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure z = max(0, mean log-ratio of mismatched rows), and count the labels."""
         divergence = count = desirable = 0.0
-        training = model.training
+        group, training = world(), model.training
         model.eval()  # without dropout
         for batch in batches:
             numbers_R = place(batch, self.firsts_R).numbers_R
             numbers_R = numbers_R[numbers_R >= 0]
             count += len(numbers_R)
             desirable += np.count_nonzero(self._desirable_R[numbers_R])
-            for chunk in self._chunks(numbers_R):
+            for rows in self._chunks(numbers_R):
+                chunk = rows[group.rank() :: group.size()]  # the same mean on any number of ranks
+                if not len(chunk):
+                    continue
                 ratios = self._mismatched(model, chunk) - self._reference_mismatched(chunk)
                 divergence += float(ratios.sum(dtype=np.float64))
         model.train(training)
-        divergence, count, desirable = map(total_weight, (divergence, count, desirable))
+        divergence = float(sum_numbers(divergence)[0])
         if count:
             scales = [count / n if n else np.nan for n in (desirable, count - desirable)]
             self._step = np.array([max(0.0, divergence / count), *scales], np.float32)

@@ -19,8 +19,7 @@ from mlx_slim.config.reward import LossType
 from mlx_slim.data.batches import Batch
 from mlx_slim.rewards.advantages import divisors, token_weights
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
-from mlx_slim.runtime import world
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, total_weight
+from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,6 @@ class PolicyObjective(CrossEntropy):
         """Find what makes means over tokens of metrics that are divided as the loss is."""
         totals = np.array([self._sums(batch) for batch in batches]).reshape(-1, 2).sum(axis=0)
         divisor, tokens = map(float, totals)
-        if world().size() > 1:
-            divisor, tokens = total_weight(divisor), total_weight(tokens)
         self._empty = divisor == 0  # all answers are masked: the loss is 0
         per_token = divisor / tokens if tokens else 1.0
         self._scale = np.array([1.0, *[per_token] * len(self.metrics)], np.float32)

@@ -38,10 +38,12 @@ from mlx_slim.training.callbacks import (
 from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, gradient_norm, schedule
+from mlx_slim.training.ranks import number_of_ranks
 from mlx_slim.training.rounds import Begun, Rounds
 from mlx_slim.training.state import TrainState, read_state
-from mlx_slim.training.step import Objective, Stepper, StepResult
+from mlx_slim.training.step import Objective, Stepper
 from mlx_slim.training.step_plan import next_plans, planned_steps, total_steps
+from mlx_slim.training.step_result import StepResult
 from mlx_slim.training.stop import StopRequest
 from mlx_slim.training.validation import LossScorer, validation_loss
 
@@ -157,7 +159,8 @@ class Loop:
             self._rotate()  # the kill may have come between the checkpoint and this
         if report:
             name = f"{path.parent.name}/{path.name}"
-            self.observer.notify(events.Resumed(step=self.state.step, path=name))
+            ranks = number_of_ranks()
+            self.observer.notify(events.Resumed(step=self.state.step, path=name, ranks=ranks))
 
     def run(self, *, again: bool = False) -> events.Done | None:
         """Train to the end and return how it ended; ``again`` reports no start a second time.
@@ -170,7 +173,8 @@ class Loop:
         """
         at = self.state
         if not again:
-            started = events.Started(self.total, self.epochs, self.budget_bytes, at.step)
+            plan = self.total, self.epochs, self.budget_bytes, at.step
+            started = events.Started(*plan, ranks=number_of_ranks())
             self.observer.notify(started)
         reason = "complete"
         verdict = combine(monitor.begin(at.step) for monitor in self._monitors)
@@ -248,7 +252,7 @@ class Loop:
                 begun = rounds.reopen(at.step, lambda: stop.requested)
             else:
                 count = min(rounds.steps, self.total - at.step)
-                plans = next_plans(self.batcher, self.config.accumulate, at, count)
+                plans = next_plans(self.batcher, self.config, at, count)
                 rates = [self.rate(step) for step in range(at.step)]
                 begun = rounds.begin(at.step, plans, rates, lambda: stop.requested)
         if begun is not Begun.READY and not saved:
@@ -257,14 +261,14 @@ class Loop:
 
     def _steps(self) -> Iterator[tuple[int, float, Plan]]:
         """Yield epoch, fraction of it done after the step, and the step's plan over all ranks."""
-        steps = planned_steps(self.batcher, self.config.accumulate, self.state)
+        steps = planned_steps(self.batcher, self.config, self.state)
         while self.state.step < self.total:
             yield next(steps)
 
     def _batches(self, plan: Plan) -> Iterator[Batch]:
-        """Yield this rank's micro-batches, each with what its dropout is drawn from."""
+        """Yield the step's micro-batches, each with what its dropout is drawn from."""
         step = self.state.step
-        for index in range(world().rank(), len(plan), world().size()):
+        for index in range(len(plan)):
             entropy = (self.config.seed, step, index)
             answers = None if self.rounds is None else self.rounds.batches(step, index)
             if answers is None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from mlx_slim.data.batches import Batch
 from mlx_slim.errors import SlimError
+from mlx_slim.models.dropout import drawn
 from mlx_slim.models.structure import EMBEDDINGS
 from mlx_slim.training.step import Arrays, Objective
 
@@ -60,7 +61,9 @@ def _noise(embedding: Any, scale_BT: mx.array, key: mx.array) -> Iterator[None]:
             if ids.shape != scale_BT.shape:
                 return embedded_BTD
             scale_BT1 = scale_BT[..., None] * embedded_BTD.shape[-1] ** -0.5
-            noise_BTD = scale_BT1 * mx.random.uniform(-1, 1, embedded_BTD.shape, key=key)
+            noise_BTD = scale_BT1 * drawn(
+                lambda shape: mx.random.uniform(-1, 1, shape, key=key), embedded_BTD.shape
+            )
             return embedded_BTD + noise_BTD.astype(embedded_BTD.dtype)
 
     embedding.__class__ = Noisy

@@ -11,27 +11,28 @@ Legend: B sequences, T positions, N supervised positions, D width.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_slim import blas
 from mlx_slim.data.batches import Batch
+from mlx_slim.data.rank_rows import rows_of_rank
 from mlx_slim.data.shared import cheapest
 from mlx_slim.models import structure
+from mlx_slim.models.dropout import drawn_for
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
+from mlx_slim.training.ranks import draws_by_row, sum_gradients, sum_numbers
+from mlx_slim.training.step_result import StepResult, means
 
 PART_TOKENS = 256  # below this a shard of a batch is not worth its overhead
 
@@ -44,6 +45,8 @@ def part_count(num_threads: int, tokens: int) -> int:
     return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
 
 
+# What is computed at a time: of a micro-batch, with the seed of what it draws, if it has its own.
+Part = tuple[Batch, int | None]
 # The arrays of a batch, in the order of the objective; None where a batch has no such array.
 Arrays = tuple[Any, ...]
 
@@ -70,7 +73,7 @@ class Objective(Protocol):
 
         Args:
             model: In the mode of what follows.
-            batches: Of the step, or of a validation: this rank's.
+            batches: Of the step, or of a validation: those of all ranks.
         """
         ...
 
@@ -209,51 +212,6 @@ def target_weights(batch: Batch, weights_S: np.ndarray | None = None) -> list[mx
     return [] if weights_N is None else [mx.array(weights_N)]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured, summed over all ranks.
-
-    Attributes:
-        loss: Σ NLL / Σ supervised tokens, nats; weighted where rows weigh their turns; of pairs of
-            answers, Σ loss / pairs.
-        gradients: path -> float32 gradient of that loss.
-        supervised: Σ supervised tokens.
-        tokens: Σ real tokens.
-        computed: Σ positions computed.
-        metrics: What the objective reports besides, per token or pair too.
-    """
-
-    loss: float
-    gradients: dict[str, mx.array]
-    supervised: int
-    tokens: int
-    computed: int
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-def means(
-    objective: Objective, sums: mx.array | np.ndarray, weight: float
-) -> tuple[float, dict[str, float]]:
-    """Return the loss and the metrics of ``objective`` per token or pair, from their sums.
-
-    A metric that is not a number was not measured, and is left out. ``weight`` is the sum of
-    ``Objective.weight``.
-    """
-    first, *others = [float(value) for value in np.array(sums).reshape(-1)]
-    metrics = zip(objective.metrics, others, strict=True)
-    return first / weight, {k: value / weight for k, value in metrics if not math.isnan(value)}
-
-
-def total_weight(weight: float) -> float:
-    """Return the sum over all ranks, exact where weights are counts."""
-    whole = int(weight)
-    terms = mx.array([whole >> 20, whole & 0xFFFFF, weight - whole], dtype=mx.float32)
-    high, low, rest = (
-        float(term) for term in np.array(mx.distributed.all_sum(terms, group=world()))
-    )
-    return high * (1 << 20) + low + rest
-
-
 class Stepper:
     """Turns the micro-batches of a step into one gradient.
 
@@ -270,6 +228,7 @@ class Stepper:
 
     Attributes:
         num_threads: As given; 1 in a compiled step.
+        deals_rows: Whether several ranks may compute rows of one micro-batch.
     """
 
     def __init__(
@@ -286,6 +245,8 @@ class Stepper:
         self.objective = objective
         self._prefix_sharing = prefix_sharing and not compiled
         self.num_threads = 1 if compiled else num_threads
+        self.deals_rows = draws_by_row(model)
+        self._compiled = compiled
         self._building = threading.Lock()
 
         def loss(
@@ -296,7 +257,17 @@ class Stepper:
             sums = objective(model, arrays, gradient=True)
             return (sums[0] if sums.ndim else sums), sums
 
-        self._value_and_grad: Callable = mx.value_and_grad(loss)
+        differentiate = mx.value_and_grad(loss)
+
+        def value_and_grad(
+            parameters: dict[str, mx.array],
+            rows: tuple[mx.array, int, int] | None,
+            *arrays: Any,
+        ) -> tuple[tuple[mx.array, mx.array], dict[str, mx.array]]:
+            with drawn_for(*rows) if rows else contextlib.nullcontext():
+                return differentiate(parameters, *arrays)
+
+        self._value_and_grad: Callable = value_and_grad
         if compiled:
             # Frozen weights are constants of the graph; dropout draws from the global random state.
             state = [mx.random.state]
@@ -311,26 +282,39 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        return self._micro(batch)[:2]
+        return self._compute(self._parts(batch))
 
-    def _micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array], int]:
-        """Return besides how many positions were computed."""
+    def _parts(self, batch: Batch) -> list[Part]:
+        """Return what is computed of a micro-batch at a time."""
         shards = self.shards(batch, part_count(self.num_threads, batch.computed_tokens))
-        computed = sum(shard.computed_tokens for shard in shards)
         if len(shards) == 1:
-            return (*self._part(shards[0], None), computed)
+            return [(shards[0], None)]
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        work = [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
+        return [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
+
+    def _parts_of_rank(self, batch: Batch, rank: int, ranks: int) -> list[Part]:
+        """Return those of one of the ranks that compute a micro-batch side by side."""
+        parts = self._parts(batch)
+        if len(parts) > 1:
+            return parts[rank::ranks]
+        if not self.deals_rows or parts[0][0].nodes is not None:
+            return parts if rank == 0 else []
+        rows = rows_of_rank(batch, rank, ranks, fixed=self._compiled)
+        return [] if rows is None else [(self.shards(rows, 1)[0], None)]
+
+    def _compute(self, parts: list[Part]) -> tuple[mx.array, dict[str, mx.array]]:
+        if len(parts) == 1 and parts[0][1] is None:
+            return self._part(*parts[0])
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         with blas.single_threaded(), sharing():
-            results = run_in_threads(self._part, work, self.num_threads)
+            results = run_in_threads(self._part, parts, self.num_threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums
             gradients = {path: value + part_gradients[path] for path, value in gradients.items()}
         mx.eval(sums, gradients)
-        return sums, gradients, computed
+        return sums, gradients
 
     def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
@@ -338,58 +322,77 @@ class Stepper:
             if seed is not None:
                 mx.random.seed(seed)
             parameters = trainable(self.model)
-            arrays = self.objective.arrays(batch)
+            arrays, rows = self.objective.arrays(batch), None
+            if batch.drawn is not None:
+                rows = (mx.array(batch.drawn.rows_B), batch.drawn.batch, batch.drawn.width)
             with prefix_attention(batch.nodes):
-                (_, sums), gradients = self._value_and_grad(parameters, *arrays)
+                (_, sums), gradients = self._value_and_grad(parameters, rows, *arrays)
             set_trainable(self.model, parameters)
         mx.eval(sums, gradients)
         return sums, gradients
 
-    def step(self, batches: Iterable[Batch]) -> StepResult:
-        """Return loss and gradient over ``batches`` (those of this rank; there may be none).
+    def _work(self, batches: Sequence[Batch], rank: int, ranks: int) -> Iterator[list[Part]]:
+        """Yield what ``rank`` computes of a step: micro-batches, and its rows of the last ones.
 
-        What is random in a batch is drawn from its ``entropy``, if it has any.
+        As many micro-batches as the ranks divide are dealt whole; all ranks compute some rows of
+        each of the others.
         """
-        batches = list(batches)
-        self.objective.begin_step(self.model, batches)
-        gradients: dict[str, mx.array] = {}
-        sums = mx.zeros((1 + len(self.objective.metrics),), dtype=mx.float32)
-        supervised = tokens = computed = 0
-        weight = 0.0
-        for batch in batches:
+        whole = len(batches) - len(batches) % ranks
+        for index, batch in enumerate(batches):
+            if index < whole and index % ranks != rank:
+                continue
             if batch.entropy:
                 entropy = np.random.SeedSequence(batch.entropy)
                 mx.random.seed(int(entropy.generate_state(1)[0]))
-            micro_sums, values, positions = self._micro(batch)
+            if index < whole:
+                yield self._parts(batch)
+            elif parts := self._parts_of_rank(batch, (rank - index) % ranks, ranks):
+                yield parts
+
+    def sums(
+        self, batches: Sequence[Batch], rank: int = 0, ranks: int = 1
+    ) -> tuple[mx.array, dict[str, mx.array], int]:
+        """Return the sums over what ``rank`` computes of a step, the gradient, the positions.
+
+        The sums and gradients (float32) of all ranks add up to those of one.
+        """
+        gradients: dict[str, mx.array] = {}
+        sums = mx.zeros((1 + len(self.objective.metrics),), dtype=mx.float32)
+        computed = 0
+        for parts in self._work(batches, rank, ranks):
+            micro_sums, values = self._compute(parts)
             sums = sums + micro_sums
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
             mx.eval(sums, gradients)
-            supervised += batch.supervised_tokens
-            weight += self.objective.weight(batch)
-            tokens += batch.real_tokens
-            computed += positions
-        group = world()
+            computed += sum(part.computed_tokens for part, _ in parts)
+        return sums, gradients, computed
+
+    def step(self, batches: Iterable[Batch]) -> StepResult:
+        """Return loss and gradient over ``batches``: those of the step, the same on all ranks.
+
+        What is random in a batch is drawn from its ``entropy``, if it has any.
+        """
+        batches, group = list(batches), world()
+        self.objective.begin_step(self.model, batches)
+        sums, gradients, computed = self.sums(batches, group.rank(), group.size())
+        values: mx.array | np.ndarray = sums
         if group.size() > 1:
             for path, value in trainable(self.model).items():
                 gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
-            # Ranks must ask for the same sums in the same order.
-            averaged = nn.average_gradients(dict(sorted(gradients.items())), group=group)
-            flat = cast(list[tuple[str, mx.array]], tree_flatten(averaged))
-            gradients = {path: value * group.size() for path, value in flat}
-            sums = mx.distributed.all_sum(sums, group=group)
-            supervised, tokens, computed = (
-                int(to_float(mx.distributed.all_sum(mx.array(count), group=group)))
-                for count in (supervised, tokens, computed)
-            )
-            weight = total_weight(weight)
-        loss, metrics = means(self.objective, sums, weight)
+            gradients = sum_gradients(gradients)
+            *values, computed = sum_numbers(*np.array(sums).tolist(), computed)
+            values = np.array(values)
+        weight = 0.0
+        for batch in batches:
+            weight += self.objective.weight(batch)
+        loss, metrics = means(self.objective.metrics, values, weight)
         return StepResult(
             loss=loss,
             gradients={path: value / weight for path, value in gradients.items()},
-            supervised=supervised,
-            tokens=tokens,
-            computed=computed,
+            supervised=sum(batch.supervised_tokens for batch in batches),
+            tokens=sum(batch.real_tokens for batch in batches),
+            computed=int(computed),
             metrics=metrics,
         )

@@ -15,9 +15,11 @@ import numpy as np
 
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.progress import tracked
-from mlx_slim.runtime import to_float, world
+from mlx_slim.runtime import world
 from mlx_slim.training.optim import set_trainable, trainable
-from mlx_slim.training.step import Objective, means, total_weight
+from mlx_slim.training.ranks import sum_numbers
+from mlx_slim.training.step import Objective
+from mlx_slim.training.step_result import means
 
 
 class LossScorer:
@@ -64,17 +66,15 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised, weight = np.zeros(1 + len(objective.metrics)), 0, 0.0
-    plan = batcher.plan(0)[world().rank() :: world().size()]
+    plan, group = batcher.plan(0), world()
     objective.begin_step(model, map(batcher.batch, plan))
-    for groups in tracked(plan, "validating", "micro-batches"):
+    for groups in tracked(plan[group.rank() :: group.size()], "validating", "micro-batches"):
         batch = batcher.batch(groups)
         sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens
         weight += objective.weight(batch)
     model.train()
-    if world().size() > 1:
-        total = mx.distributed.all_sum(mx.array(sums, dtype=mx.float32), group=world())
-        sums = np.array(total, dtype=np.float64)
-        supervised = int(to_float(mx.distributed.all_sum(mx.array(supervised), group=world())))
-        weight = total_weight(weight)
-    return *means(objective, sums, weight), supervised
+    if group.size() > 1:
+        *values, supervised, weight = sum_numbers(*sums.tolist(), supervised, weight)
+        sums = np.array(values)
+    return *means(objective.metrics, sums, weight), int(supervised)

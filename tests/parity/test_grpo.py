@@ -23,7 +23,8 @@ from mlx_slim.models.load import load
 from mlx_slim.rewards.advantages import advantages
 from mlx_slim.rewards.losses import PolicyLoss
 from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
-from mlx_slim.training.step import Stepper, StepResult
+from mlx_slim.training.step import Stepper
+from mlx_slim.training.step_result import StepResult
 from tests.parity.optional import needed
 from tests.parity.torch_side import torch, transformers
 from tests.support.tiny import TinyModels

@@ -27,7 +27,8 @@ from mlx_slim.models.load import load
 from mlx_slim.preferences.objective import KtoObjective, PairObjective
 from mlx_slim.preferences.rows import MismatchedRows
 from mlx_slim.preferences.scorer import RowScorer
-from mlx_slim.training.step import Stepper, StepResult
+from mlx_slim.training.step import Stepper
+from mlx_slim.training.step_result import StepResult
 from tests.parity.optional import needed
 from tests.parity.torch_side import in_torch, torch
 from tests.preferences.support import Rows

@@ -17,7 +17,8 @@ from mlx_slim.preferences.objective import KtoObjective, PairObjective, place
 from mlx_slim.preferences.rows import MismatchedRows
 from mlx_slim.preferences.scorer import RowScorer
 from mlx_slim.runtime import to_float
-from mlx_slim.training.step import Stepper, StepResult
+from mlx_slim.training.step import Stepper
+from mlx_slim.training.step_result import StepResult
 from mlx_slim.training.validation import LossScorer, validation_loss
 from tests.preferences.support import Rows
 from tests.support.stock import stock_load

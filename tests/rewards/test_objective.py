@@ -13,7 +13,8 @@ from mlx_slim.data.batches import Batch, Batcher, collate
 from mlx_slim.data.shapes import SHAPES
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
 from mlx_slim.rewards.objective import PolicyColumns, PolicyObjective
-from mlx_slim.training.step import Stepper, StepResult
+from mlx_slim.training.step import Stepper
+from mlx_slim.training.step_result import StepResult
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels

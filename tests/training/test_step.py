@@ -14,7 +14,8 @@ from mlx_slim.models import structure
 from mlx_slim.runtime import to_float
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import trainable
-from mlx_slim.training.step import CrossEntropy, Stepper, StepResult
+from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step_result import StepResult
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
