@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.events import Event
 from mlx_slim.finetuning import build as prepare
 from mlx_slim.finetuning.run import finetune
-from tests.support.runs import Recorder, losses, recipe, run_script, run_until_killed, write_rows
+from tests.support.runs import Recorder, losses, recipe, run_until_killed, write_rows
 from tests.support.tiny import byte_tokenizer, tiny_model
 
 
@@ -339,39 +338,6 @@ def test_a_disk_or_a_budget_that_is_too_small_is_refused_before(
     with pytest.raises(ResourceError, match=r"\d{4,} bytes"):
         distill(run, tmp_path / "a", observer=Recorder())
     assert not (tmp_path / "a").exists()
-
-
-TWO_RANKS = """
-import json, sys
-from pathlib import Path
-from mlx_slim.distillation.run import distill
-from tests.support.runs import Recorder
-from tests.distillation.test_run import recipe_with_teachers
-
-model, data, teachers, out, method = sys.argv[1:6]
-steps = {"batch_tokens": 128, "steps": 6}
-run = recipe_with_teachers(
-    Path(model), Path(data), json.loads(teachers), train=steps, method=method
-)
-distill(run, Path(out), observer=Recorder())
-"""
-
-
-@pytest.mark.parametrize("method", ["logits", "sequence", "mutual"])
-def test_two_ranks_learn_as_one_does(
-    tiny: Callable[..., Path], data: Path, teacher: Path, tmp_path: Path, method: str
-) -> None:
-    teachers, one, two = [{"model": str(teacher)}], tmp_path / "one", tmp_path / "two"
-    steps = {"batch_tokens": 128, "steps": 6, "accumulate": 2}
-    run = recipe_with_teachers(tiny("llama"), data, teachers, train=steps, method=method)
-    distill(run, one, observer=Recorder())
-    words = (tiny("llama"), data, json.dumps(teachers), two, method)
-    done = run_script(TWO_RANKS, *words, ranks=2)
-    ours, theirs = losses(two), losses(one)
-    assert sorted(ours) == sorted(theirs), done.stderr
-    for step, loss in theirs.items():
-        assert math.isclose(ours[step], loss, rel_tol=1e-4), step
-    assert (two / "run.json").exists(), done.stderr
 
 
 def test_the_try_before_the_teachers_is_one_of_the_shapes(

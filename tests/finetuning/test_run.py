@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.training.loop import Loop
 from tests.support.memory import reset_peak
-from tests.support.runs import Recorder, losses, recipe, run_script, write_rows
+from tests.support.runs import Recorder, losses, recipe, write_rows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels
 
@@ -117,27 +116,3 @@ def test_halving_batch_tokens_halves_activation_memory(tiny: TinyModels, tmp_pat
         Stepper(model, CrossEntropy(model, chunk=64)).micro(batch)
         peaks.append(mx.get_peak_memory() - before)
     assert 0.4 < peaks[1] / peaks[0] < 0.6
-
-
-TWO_RANKS = """
-import sys
-from pathlib import Path
-from mlx_slim.finetuning.run import finetune
-from tests.support.runs import Recorder, recipe
-model, data, out, method = sys.argv[1:5]
-finetune(recipe(Path(model), Path(data), method, batch_tokens=128), Path(out), observer=Recorder())
-"""
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_ranks_equal_one_with_the_same_global_batch(
-    tiny: TinyModels, tmp_path: Path, method: str
-) -> None:
-    model, data = tiny("llama"), write_rows(tmp_path / "rows.jsonl", 25)
-    one = tmp_path / "one"
-    finetune(recipe(model, data, method, batch_tokens=128, accumulate=2), one, observer=Recorder())
-    done = run_script(TWO_RANKS, model, data, tmp_path / "two", method, ranks=2)
-    ours, theirs = losses(tmp_path / "two"), losses(one)
-    assert sorted(ours) == sorted(theirs), done.stderr
-    for step, loss in theirs.items():
-        assert math.isclose(ours[step], loss, rel_tol=1e-4), step

@@ -20,7 +20,7 @@ from mlx_slim.finetuning.run import finetune
 from mlx_slim.preferences import strategy
 from mlx_slim.preferences.run import train, validate_pairs
 from tests.support.preferences import labelled, pairs, preference_recipe, write
-from tests.support.runs import CtrlC, Recorder, losses, run_script, run_until_killed
+from tests.support.runs import CtrlC, Recorder, losses, run_until_killed
 from tests.support.tiny import TinyModels
 
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
@@ -208,26 +208,6 @@ def test_stopped_while_the_reference_is_scored(
             train(small, out, observer=Recorder())
     train(small, out, observer=Recorder(), resume=True)
     _same_run(out, complete)
-
-
-TWO_RANKS = """
-import sys
-from pathlib import Path
-from mlx_slim.preferences.run import train
-from tests.support.preferences import preference_recipe
-from tests.support.runs import Recorder
-model, data, out = sys.argv[1:4]
-small = preference_recipe(Path(model), Path(data), "kto", batch_tokens=256, accumulate=1)
-train(small, Path(out), observer=Recorder())
-"""
-
-
-def test_two_ranks_learn_as_one_does(tiny: TinyModels, labels: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    small = preference_recipe(tiny("llama"), labels, "kto", batch_tokens=256, accumulate=2)
-    train(small, one, observer=Recorder())
-    done = run_script(TWO_RANKS, tiny("llama"), labels, two, ranks=2)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4), done.stderr
 
 
 def test_validate_tells_how_many_pairs_a_model_has_the_right_way_round(
