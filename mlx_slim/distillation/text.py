@@ -33,6 +33,7 @@ from mlx_slim.distillation.dataset import (
 )
 from mlx_slim.distillation.generate import generate_dataset
 from mlx_slim.finetuning.build import Tuned, prepare_data
+from mlx_slim.finetuning.guard import check_folder
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.finetuning.run_dir import (
     STATE_FILE,
@@ -118,6 +119,7 @@ def _prepare_dataset(
     if world().rank() == 0:
         generate_dataset(recipe, teachers, method, out, observer, ready)
     mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+    check_folder(out)
     stored = read_record(out)
     assert stored is not None
     return dataset_from_record(stored[0], recipe, out)

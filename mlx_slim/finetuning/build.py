@@ -51,7 +51,7 @@ from mlx_slim.training.loop import Loop
 from mlx_slim.training.neftune import NoisyEmbeddings
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
-from mlx_slim.training.ranks import fewest
+from mlx_slim.training.ranks import fewest, scaling_notice
 from mlx_slim.training.step import CrossEntropy, Objective
 
 _WORTH_SHARING = 0.1  # of the time, below which rows that begin alike stay side by side
@@ -357,6 +357,8 @@ def build_loop(
         places = described(model, trainable(model), config.layer_decay)
         rates = ", ".join(f"{place} {multiple:.3g}" for place, multiple in places.items())
         observer.notify(events.Notice(f"learning rates by depth, of the run's: {rates}"))
+    if scaled := scaling_notice(config):
+        observer.notify(events.Notice(scaled))
     if config.neftune_alpha:
         validation_objective = validation_objective or objective
         objective = NoisyEmbeddings(objective, model, config.neftune_alpha)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_slim.artifacts import hash_bytes, provenance
+from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
 from mlx_slim.config.schema import Recipe
-from mlx_slim.errors import ResourceError
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.runtime import all_gather_bytes, free_disk, human_bytes
+from mlx_slim.training import rotation
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.ranks import check_same
 
@@ -58,6 +60,27 @@ def preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
                 f"this run needs {human_bytes(needed)} ({'predicted' if over else 'measured'})"
                 f"{where}, the budget is {human_bytes(allowed)}",
                 _cheapest_fit(prediction, needed, allowed),
+            )
+
+
+def check_folder(out: Path) -> None:
+    """Refuse ranks that do not see the run folder of rank 0, where all of them read it.
+
+    Raises:
+        SlimError: On every rank.
+    """
+    states = [
+        rotation.path_of(out / "checkpoints", n) / rotation.STATE
+        for n in rotation.steps(out / "checkpoints")
+    ]
+    files = [file for file in (out / STATE_FILE, out / RECORD, *states) if file.exists()]
+    seen = hash_json({str(file.relative_to(out)): hash_file(file) for file in files})
+    of_ranks = all_gather_bytes(seen.encode())
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[0]:
+            raise SlimError(
+                f"{out} on rank {rank} is not the folder that rank 0 has",
+                "put it on a disk that all ranks see, or copy it from rank 0's machine first",
             )
 
 

@@ -29,7 +29,7 @@ from mlx_slim.finetuning.answers import answer_after, answer_before
 from mlx_slim.finetuning.build import Tuned, build_loop
 from mlx_slim.finetuning.conditions import ConditionsWatch
 from mlx_slim.finetuning.forgetting import measure_forgetting
-from mlx_slim.finetuning.guard import check_disk, check_loading, preflight
+from mlx_slim.finetuning.guard import check_disk, check_folder, check_loading, preflight
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
 from mlx_slim.finetuning.report import write_page
 from mlx_slim.finetuning.rounds import AnswerRounds, WithoutNotices
@@ -74,7 +74,6 @@ from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
 from mlx_slim.training.optim import Extended, trainable
-from mlx_slim.training.ranks import scaling_notice
 
 
 def finetune(
@@ -122,6 +121,8 @@ def _run(
 ) -> Result:
     """Run a recipe in the folder that this process holds."""
     recipe = resolved.recipe
+    if started:
+        check_folder(out)
     if is_complete(out, recipe):
         return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
@@ -152,6 +153,8 @@ def _run(
     fresh = not started or resume_plan.grown
     state = state_record(resolved, built.data, resume_plan.extended) if fresh else None
     from_first_rank(partial(begin, out, state, "" if started else resolved.text))
+    if strategy.targets is not None or strategy.scorer is not None:
+        check_folder(out)  # rank 0 writes what all read
     if strategy.targets is not None and strategy.targets.missing():
         if strategy.targets.from_student:
             _generate(strategy.targets, observer, built.tuned)
@@ -175,8 +178,6 @@ def _run(
                 listeners.notify(events.Notice(resume_plan.note))
             loop.resume(newest)
         else:
-            if scaled := scaling_notice(recipe.train):
-                listeners.notify(events.Notice(scaled))
             advice = rank_advice(recipe, loop.total)
             for line in notes(built.data.ledger):
                 listeners.notify(events.Notice(line, "warning"))

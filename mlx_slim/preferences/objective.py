@@ -259,7 +259,7 @@ class KtoObjective(AnswerLogProbs):
                 ratios = self._mismatched(model, chunk) - self._reference_mismatched(chunk)
                 divergence += float(ratios.sum(dtype=np.float64))
         model.train(training)
-        divergence = float(sum_numbers(divergence)[0])
+        (divergence,) = sum_numbers(divergence)
         if count:
             scales = [count / n if n else np.nan for n in (desirable, count - desirable)]
             self._step = np.array([max(0.0, divergence / count), *scales], np.float32)

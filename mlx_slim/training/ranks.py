@@ -23,14 +23,14 @@ from mlx_slim.runtime import all_gather_bytes, world
 BUCKET = 32 << 20  # bytes of gradients that are summed at a time
 
 
-def sum_numbers(*values: float) -> np.ndarray:
+def sum_numbers(*values: float) -> list[float]:
     """Return the sums over all ranks, float64, the same bits on all; all ranks must call it."""
-    group, own = world(), np.array(values, dtype=np.float64)
+    group = world()
     if group.size() == 1:
-        return own
-    words = mx.array(own.view(np.uint32))
+        return list(values)
+    words = mx.array(np.array(values, dtype=np.float64).view(np.uint32))
     gathered = np.array(mx.distributed.all_gather(words, group=group, stream=mx.cpu))
-    return gathered.view(np.float64).reshape(group.size(), -1).sum(axis=0)
+    return gathered.view(np.float64).reshape(group.size(), -1).sum(axis=0).tolist()
 
 
 def sum_gradients(gradients: dict[str, mx.array], bucket: int = BUCKET) -> dict[str, mx.array]:

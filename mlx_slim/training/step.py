@@ -377,13 +377,13 @@ class Stepper:
         batches, group = list(batches), world()
         self.objective.begin_step(self.model, batches)
         sums, gradients, computed = self.sums(batches, group.rank(), group.size())
-        values: mx.array | np.ndarray = sums
+        values = np.array(sums)
         if group.size() > 1:
             for path, value in trainable(self.model).items():
                 gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
             gradients = sum_gradients(gradients)
-            *values, computed = sum_numbers(*np.array(sums).tolist(), computed)
-            values = np.array(values)
+            *added, computed = sum_numbers(*values.tolist(), computed)
+            values = np.array(added)
         weight = 0.0
         for batch in batches:
             weight += self.objective.weight(batch)

@@ -36,14 +36,12 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def means(
-    names: Sequence[str], sums: mx.array | np.ndarray, weight: float
-) -> tuple[float, dict[str, float]]:
+def means(names: Sequence[str], sums: np.ndarray, weight: float) -> tuple[float, dict[str, float]]:
     """Return the loss and the metrics ``names`` per token or pair, from their sums.
 
     A metric that is not a number was not measured, and is left out. ``weight`` is the sum of
     ``Objective.weight``.
     """
-    first, *others = [float(value) for value in np.array(sums).reshape(-1)]
+    first, *others = [float(value) for value in sums.reshape(-1)]
     metrics = zip(names, others, strict=True)
     return first / weight, {k: value / weight for k, value in metrics if not math.isnan(value)}

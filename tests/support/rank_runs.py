@@ -1,6 +1,6 @@
 """Small runs of every kind, in this process or in several ranks, one after another in one launch.
 
-``run_on_ranks(cases, ranks=2)`` starts the ranks once; each case is a folder of its own. A case may
+``run_on_ranks(cases, 2, folder)`` starts the ranks once; each case has a folder. A case may
 kill the ranks that it names, in the middle of a step: it must be the last one.
 """
 
@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_slim.config.load import Resolved
+from mlx_slim.data.plans import Plan
 from mlx_slim.finetuning import build
 from mlx_slim.runtime import world
 from mlx_slim.training.loop import Loop
-from tests.support.runs import Recorder, recipe, run_script
+from tests.support.ranks import started_ranks
+from tests.support.runs import Recorder, recipe
 
 SCRIPT = "from tests.support.rank_runs import main; main()"
 
@@ -78,10 +79,10 @@ def run_case(case: Case, observer: Any = None) -> None:
         workflow = train
     before, threads = Loop._step, build.default_num_threads
 
-    def step(loop: Loop, *arguments: Any) -> None:
-        if loop.state.step + 1 == case.at and world().rank() in case.kill:
+    def step(self: Loop, epoch: int, fraction: float, plan: Plan) -> None:
+        if self.state.step + 1 == case.at and world().rank() in case.kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        before(loop, *arguments)
+        before(self, epoch, fraction, plan)
 
     Loop._step, build.default_num_threads = step, lambda: case.threads
     try:
@@ -90,9 +91,11 @@ def run_case(case: Case, observer: Any = None) -> None:
         Loop._step, build.default_num_threads = before, threads
 
 
-def run_on_ranks(cases: list[Case], ranks: int) -> subprocess.CompletedProcess[str]:
-    """Run ``cases`` on ``ranks`` ranks, started once."""
-    return run_script(SCRIPT, json.dumps([asdict(case) for case in cases]), ranks=ranks)
+def run_on_ranks(cases: list[Case], ranks: int, folder: Path) -> str:
+    """Run ``cases`` on ``ranks`` ranks, started once; return what they print as errors."""
+    words = json.dumps([asdict(case) for case in cases])
+    with started_ranks(folder, ranks, SCRIPT, words) as processes:
+        return "\n".join(process.communicate(timeout=300)[1] for process in processes)
 
 
 def main() -> None:
