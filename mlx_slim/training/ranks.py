@@ -8,6 +8,7 @@ time; counts and losses in float64, in the order of the ranks. Try it:
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.structure import HEAD_NAMES
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import all_gather_bytes, world
+
+RandomUnit = Literal["none", "row", "micro-batch"]
 
 BUCKET = 32 << 20  # bytes of gradients that are summed at a time
 
@@ -68,19 +71,21 @@ def sum_gradients(gradients: dict[str, mx.array], bucket: int = BUCKET) -> dict[
     return sums
 
 
-def draws_by_row(model: nn.Module) -> bool:
-    """Return whether all that a model draws at random is drawn row by row of a micro-batch.
+def random_unit(model: nn.Module) -> RandomUnit:
+    """Return what a model in training draws at random for: of each row, of whole micro-batches.
 
     Experts see rows in the order of their routing, and a head only those with a target.
     """
+    unit: RandomUnit = "none"
     for path, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module._p_1 < 1:
-            return False
+            return "micro-batch"
         if isinstance(module, Adapter) and module.dropout > 0:
             head = isinstance(module, LoRAEmbedding) or path.rsplit(".", 1)[-1] in HEAD_NAMES
             if head or is_experts(module.base):
-                return False
-    return True
+                return "micro-batch"
+            unit = "row"
+    return unit
 
 
 def check_same(facts: JsonObject) -> None:

@@ -31,7 +31,7 @@ from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.optim import set_trainable, trainable
-from mlx_slim.training.ranks import draws_by_row, sum_gradients, sum_numbers
+from mlx_slim.training.ranks import random_unit, sum_gradients, sum_numbers
 from mlx_slim.training.step_result import StepResult, means
 
 PART_TOKENS = 256  # below this a shard of a batch is not worth its overhead
@@ -228,7 +228,7 @@ class Stepper:
 
     Attributes:
         num_threads: As given; 1 in a compiled step.
-        deals_rows: Whether several ranks may compute rows of one micro-batch.
+        random_unit: What random numbers belong to: ranks do not share a micro-batch that has some.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class Stepper:
         self.objective = objective
         self._prefix_sharing = prefix_sharing and not compiled
         self.num_threads = 1 if compiled else num_threads
-        self.deals_rows = draws_by_row(model)
+        self.random_unit = random_unit(model)
         self._compiled = compiled
         self._building = threading.Lock()
 
@@ -297,7 +297,8 @@ class Stepper:
         parts = self._parts(batch)
         if len(parts) > 1:
             return parts[rank::ranks]
-        if not self.deals_rows or parts[0][0].nodes is not None:
+        listed = parts[0][0].nodes is not None
+        if self.random_unit == "micro-batch" or (listed and self.random_unit == "row"):
             return parts if rank == 0 else []
         rows = rows_of_rank(batch, rank, ranks, fixed=self._compiled)
         return [] if rows is None else [(self.shards(rows, 1)[0], None)]

@@ -19,7 +19,7 @@ from mlx_slim.models import structure
 from mlx_slim.runtime import to_float
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.neftune import NoisyEmbeddings
-from mlx_slim.training.ranks import draws_by_row
+from mlx_slim.training.ranks import random_unit
 from mlx_slim.training.step import CrossEntropy, Objective, Stepper
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load
@@ -122,6 +122,6 @@ def test_what_is_not_drawn_row_by_row_is_computed_by_one_rank(
     tiny: TinyModels, architecture: str, targets: str | list[str]
 ) -> None:
     stepper = _stepper(tiny, architecture, targets=targets)
-    assert not draws_by_row(stepper.model)
+    assert random_unit(stepper.model) == "micro-batch"
     _same(stepper, _batches(1), 2)
     assert stepper.sums(_batches(1), 1, 2)[2] == 0
