@@ -33,6 +33,7 @@ ARXIV = re.compile(r"(?<!\d)\d{4}\.\d{5}(?!\d)")
 
 # What a paper is called here; which files implement or cite it is read off their docstrings.
 PAPERS = {
+    "1909.08053": "Tensor parallelism (Megatron-LM)",
     "1904.09751": "The Curious Case of Neural Text Degeneration (nucleus sampling)",
     "2305.18290": "DPO: direct preference optimization",
     "2306.13649": "On-Policy Distillation of Language Models (GKD)",

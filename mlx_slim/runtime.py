@@ -106,6 +106,11 @@ def world() -> mx.distributed.Group:
     return mx.distributed.init()
 
 
+def leads() -> bool:
+    """Return whether this rank is the one that reads, writes and prints."""
+    return world().rank() == 0
+
+
 def all_gather_bytes(data: bytes) -> list[bytes]:
     """Return what every rank gave, in the order of ranks; all ranks must call it."""
     group = world()

@@ -31,6 +31,7 @@ FLOORS = (
     {"claims", "run_dir"},
     {"blas"},
     {"config", "runtime", "power"},
+    {"distributed"},
     {"pages", "plot_records"},
     {"plots"},
     {"data", "models"},

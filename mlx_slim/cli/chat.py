@@ -49,9 +49,18 @@ def command(model: str, **chosen: Any) -> None:
     """
     import mlx.core as mx
 
+    from mlx_slim.evaluation.following import leading
+
     options = ChatOptions(**chosen)
     speaker = open_and_tell(model, options)
     mx.random.seed(options.seed)
+    with leading(speaker) as leads:
+        if leads:
+            _converse(model, speaker, options)
+
+
+def _converse(model: str, speaker: ChatSession, options: ChatOptions) -> None:
+    """Read turns and print answers until the end of the input."""
     start = [{"role": "system", "content": options.system}] if options.system else []
     speaker.chat_ids([*start, {"role": "user", "content": "hello"}])  # refuse before the first turn
     messages = list(start)

@@ -17,6 +17,7 @@ import click
 from mlx_slim.bench.machine import device, speed, total_memory
 from mlx_slim.cli.measurements import measured
 from mlx_slim.cli.options import alive, show_next
+from mlx_slim.cli.ranks import check_ranks, several_ranks
 from mlx_slim.next_steps import step
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject
@@ -147,6 +148,13 @@ def _blas_line(blas: JsonObject) -> str:
 
 
 @click.command(epilog="Example: mlx-slim doctor")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--hosts",
+    type=click.Path(path_type=Path),
+    help="Compare the machines of this host file of mlx.launch, and measure their link.",
+)
+@click.option("--recipe", metavar="NAME", help="Compare its model and rows, too.")
 @click.option("--self-test", is_flag=True, help="Check (in minutes) that results here are correct.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts, or the checks, as JSON.")
 @click.option(
@@ -155,18 +163,37 @@ def _blas_line(blas: JsonObject) -> str:
     type=click.Path(path_type=Path),
     help="File for the record of --self-test, without names and paths.",
 )
-def command(self_test: bool, as_json: bool, output: Path | None) -> int:
+def command(
+    overrides: tuple[str, ...],
+    hosts: Path | None,
+    recipe: str | None,
+    self_test: bool,
+    as_json: bool,
+    output: Path | None,
+) -> int:
     """Check this machine (device, memory, speed, hub) and say what to fix.
 
     With --self-test a small random model is trained and scored on the default device, and compared
     with the plain computation in float32 on the CPU; the exit code is 1 if a check fails.
+
+    With --hosts, or started by mlx.launch, several machines are compared: versions, and the model
+    and rows of a recipe; the exit code is 1 if they differ.
     """
     if self_test:
+        check_ranks("doctor --self-test")
         from mlx_slim.bench import self_test as test
 
         return measured(test.self_test, output, as_json)
     if output is not None:
         raise click.UsageError("-o is for the record of --self-test")
+    if overrides and recipe is None:
+        raise click.UsageError("KEY=VALUE changes a recipe: name it with --recipe")
+    if hosts is not None or several_ranks():
+        from mlx_slim.cli.hosts import compare_hosts
+
+        return compare_hosts(hosts, recipe, overrides, as_json)
+    if recipe is not None:
+        raise click.UsageError("--recipe is for several machines: add --hosts FILE")
     _show_facts(as_json)
     return 0
 

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from mlx_slim.cli.options import alive, options_of, output_mode, show_next
+from mlx_slim.cli.ranks import check_ranks
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.next_steps import step
@@ -46,6 +47,7 @@ _FOLDER = click.Path(path_type=Path)
     "seed",
     "revision",
     "trust_remote_code",
+    "parallel",
 )
 @click.option(
     "--compare", type=_FOLDER, nargs=2, metavar="OUT_A OUT_B", help="Compare two results."
@@ -75,6 +77,7 @@ def command(
             "add --apply-chat-template, or leave it out",
         )
     if compare:
+        check_ranks("eval --compare")
         _compare(compare, models, tasks, out, seed, mode == "json", {**options, "resume": resume})
         return
     if out is None:

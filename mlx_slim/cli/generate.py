@@ -7,7 +7,7 @@ error. Try it: ``mlx-slim generate MODEL --prompt "Name three fruits." --max-tok
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from mlx_slim.cli.speaker import open_and_tell
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import GenerateOptions
 from mlx_slim.next_steps import step, train_on
+
+if TYPE_CHECKING:
+    from mlx_slim.evaluation.chat import ChatSession
 
 
 def _read() -> str:
@@ -36,18 +39,38 @@ def command(model: str, prompt: str, no_chat_template: bool, **chosen: Any) -> N
     An instruct model answers in its chat template; a base model continues the text.
     """
     options = GenerateOptions(**chosen)
-    system = options.system
-    if system is not None and no_chat_template:
+    if options.system is not None and no_chat_template:
         raise SlimError("--system needs the chat template", "leave --no-chat-template out")
+    import mlx.core as mx
+
+    from mlx_slim.evaluation.following import leading
+    from mlx_slim.runtime import from_first_rank
+
+    text = from_first_rank(lambda: _prompt(prompt))
+    speaker = open_and_tell(model, options)
+    mx.random.seed(options.seed)
+    with leading(speaker) as leads:
+        if leads:
+            _answer(speaker, text, options, no_chat_template=no_chat_template)
+    if leads:
+        on = [word for one in options.adapter for word in ("--adapter", one)]
+        show_next(step("talk with it", "mlx-slim", "chat", model, *on), train_on(model))
+
+
+def _prompt(prompt: str) -> str:
     text = _read() if prompt == "-" else prompt
     if not text.strip():
         raise SlimError("the prompt is empty", "give it some text")
-    import mlx.core as mx
+    return text
 
+
+def _answer(
+    speaker: ChatSession, text: str, options: GenerateOptions, *, no_chat_template: bool
+) -> None:
+    """Print the answer to ``text``, and its figures."""
     from mlx_slim.runtime import human_bytes
 
-    speaker = open_and_tell(model, options)
-    mx.random.seed(options.seed)
+    system = options.system
     as_chat = not no_chat_template and speaker.tokenizer.has_chat_template
     if as_chat or system is not None:
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -66,5 +89,3 @@ def command(model: str, prompt: str, no_chat_template: bool, **chosen: Any) -> N
         )
         if reply.draft is not None:
             click.echo(str(reply.draft), err=True)
-    on = [word for one in options.adapter for word in ("--adapter", one)]
-    show_next(step("talk with it", "mlx-slim", "chat", model, *on), train_on(model))

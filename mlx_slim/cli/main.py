@@ -25,6 +25,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_slim import __version__, interrupts
+from mlx_slim.cli.ranks import check_ranks
 from mlx_slim.errors import (
     Complete,
     Interrupted,
@@ -156,6 +157,7 @@ def command(ctx: click.Context) -> None:
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
     else:
+        check_ranks(ctx.invoked_subcommand)
         check_working_folder()
         check_temporary_folder()
 

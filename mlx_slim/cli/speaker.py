@@ -23,6 +23,11 @@ def open_and_tell(model: str, options: GenerateOptions) -> ChatSession:
         SlimError: If the model or an adapter cannot be loaded.
     """
     from mlx_slim.evaluation.chat import open_session
+    from mlx_slim.runtime import leads
+
+    def tell(text: str) -> None:
+        if leads():
+            click.echo(f"\nnote: {text}", err=True)
 
     with alive():
         speaker = open_session(
@@ -30,11 +35,12 @@ def open_and_tell(model: str, options: GenerateOptions) -> ChatSession:
             options.adapter,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            tell=lambda text: click.echo(f"\nnote: {text}", err=True),
+            tell=tell,
             kv_bits=options.kv_bits,
             draft_model=options.draft_model,
             num_draft_tokens=options.num_draft_tokens,
+            parallel=options.parallel,
         )
-    for note in speaker.notes:
+    for note in speaker.notes if leads() else ():
         click.echo(note, err=True)
     return speaker

@@ -18,13 +18,16 @@ from jinja2 import TemplateError
 from mlx_slim import runtime
 from mlx_slim.adapters.inject import remove_adapters
 from mlx_slim.adapters.stack import Adapters, Weighted, load_adapters, parse_adapters, used_folders
+from mlx_slim.config.parallel import PARALLEL, Parallel
 from mlx_slim.data.chat_render import apply_chat_template
 from mlx_slim.data.tokenize import check_ids, check_text, unwrap
 from mlx_slim.errors import RowLimit, SlimError
+from mlx_slim.evaluation.divided import announce, answering_split, load_divided, shared_memory
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, open_draft, seconds_without_draft
 from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.models.kv_cache import QUANTIZED_PREFILL, quantize_cache
 from mlx_slim.models.load import read_config
+from mlx_slim.models.parallel import agreed_sampler, divided_by
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.models.row_limits import row_limit
@@ -101,8 +104,13 @@ class ChatSession:
         """Replace the adapters; None removes them.
 
         Raises:
-            SlimError: If they do not fit the model, which has none then.
+            SlimError: If they do not fit the model, which has none then; if it is divided.
         """
+        if divided_by(self.model) is not None:
+            raise SlimError(
+                "adapters are merged into a model that is divided over ranks",
+                "start again with another --adapter",
+            )
         remove_adapters(self.model)
         self._cache, self._cached_ids = None, []
         if stack := parse_adapters(adapter):
@@ -179,6 +187,8 @@ class ChatSession:
         if not ids:
             raise SlimError("the prompt is empty", "enter some text")
         check_ids(self.tokenizer, ids, "the prompt")
+        words = {"ids": ids, "max_tokens": max_tokens, "temperature": temperature}
+        announce(self.model, words)
         reused: int | None = None
         generated: list[int] = []
         figures = DraftFigures()
@@ -195,7 +205,7 @@ class ChatSession:
                         self.tokenizer,
                         mx.array(tokens[cached:]),
                         max_tokens=part,
-                        sampler=make_sampler(temp=temperature),
+                        sampler=agreed_sampler(make_sampler(temp=temperature), self.model),
                         prompt_cache=self._cache,
                         prefill_step_size=self.prefill_tokens,
                         draft_model=self.draft,
@@ -288,6 +298,7 @@ def open_session(
     draft_model: str | Path | None = None,
     num_draft_tokens: int = 3,
     others: Sequence[str] = (),
+    parallel: Parallel = PARALLEL,
 ) -> ChatSession:
     """Load a model to chat with.
 
@@ -304,23 +315,36 @@ def open_session(
         draft_model: Folder or hub id of a model that drafts tokens; None drafts none.
         num_draft_tokens: Tokens that it drafts at a time.
         others: Adapters that ``use`` will be given later: the base is theirs, too.
+        parallel: How several ranks divide the model.
 
     Raises:
-        SlimError: If the model, the adapter or the draft cannot be used, or the cache cannot be
-            quantized.
+        SlimError: If the model, the adapter or the draft cannot be used, the cache cannot be
+            quantized, or the ranks cannot divide the model.
     """
-    on_cpu = not runtime.on_gpu()
+    dtype = None if runtime.on_gpu() else mx.float32
     stack = [*parse_adapters(adapter), *parse_adapters(others)]
     dense = "quantization" not in read_config(source, revision)
-    loaded = load_base(
-        source,
-        used_folders(stack),
-        revision=revision,
-        dtype=mx.float32 if on_cpu else None,
-        trust_remote_code=trust_remote_code,
-    )
-    if densify_pays(loaded.model):
-        densify(loaded.model)
+    split = answering_split(source, revision, parallel, kv_bits, draft_model)
+    if split is None:
+        loaded = load_base(
+            source,
+            used_folders(stack),
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        if densify_pays(loaded.model):
+            densify(loaded.model)
+    else:
+        loaded, _ = load_divided(
+            source,
+            split,
+            stack,
+            memory=shared_memory(),
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
     notes = loaded.notes
     over = _over(stack) if dense else None
     limit = row_limit(loaded.config, restarts=True)
@@ -334,7 +358,8 @@ def open_session(
         tell=tell,
         max_length=max_length(loaded.config, loaded.tokenizer),
     )
-    speaker.use(adapter)
+    if split is None:
+        speaker.use(adapter)
     if kv_bits is not None:
         quantize_cache(loaded.model, kv_bits, str(source))
         speaker.prefill_tokens = QUANTIZED_PREFILL

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mlx_slim.config.options import option
+from mlx_slim.config.parallel import PARALLEL, PARALLEL_OPTION, Parallel
 from mlx_slim.config.section import MOST, PositiveInt, Seed
 from mlx_slim.config.task import MOST_SHOTS
 
@@ -55,6 +56,8 @@ class EvalOptions:
         seed: Recorded; scoring itself is not random.
         revision: Branch, tag or commit of hub models.
         trust_remote_code: Run Python files that a repository brings.
+        parallel: How ranks work on the questions: each on its own (``data``), or all on one model
+            that is divided (``tensor``, ``pipeline``); ``auto`` divides what a rank cannot hold.
     """
 
     adapter: str | Path | Sequence[str | Path] | None = field(
@@ -104,6 +107,7 @@ class EvalOptions:
     trust_remote_code: bool = field(
         default=False, metadata=option("Run Python files of the model repository.")
     )
+    parallel: Parallel = field(default=PARALLEL, metadata=PARALLEL_OPTION)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class GenerateOptions:
         num_draft_tokens: Tokens that it drafts at a time.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run Python files that the repository brings.
+        parallel: How several ranks divide the model; ``auto`` is ``tensor`` where that can be.
     """
 
     adapter: tuple[str, ...] = field(
@@ -142,6 +147,7 @@ class GenerateOptions:
     num_draft_tokens: DraftWidth = field(default=DRAFT_WIDTH, metadata=DRAFT_TOKENS)
     revision: str | None = field(default=None, metadata=ANSWERING_REVISION)
     trust_remote_code: bool = field(default=False, metadata=ANSWERING_CODE)
+    parallel: Parallel = field(default=PARALLEL, metadata=PARALLEL_OPTION)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mlx_slim.adapters.store import adapter_hash, check_adapter
 from mlx_slim.data.templates import load_template
 from mlx_slim.data.tokenize import unwrap
 from mlx_slim.errors import ResourceError, RowLimit, SlimError, did_you_mean
+from mlx_slim.evaluation.divided import chosen_split, rank_bytes
 from mlx_slim.evaluation.jobs import ScoringJob, TaskJob
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.records import TEXT, EvalState, TrainedOn
@@ -49,9 +50,22 @@ _MIN_DISK = 200_000  # the other files
 
 
 def find_targets(
-    sources: list[str], names: list[str], out: Path, options: EvalOptions, resume: bool
+    sources: list[str],
+    names: list[str],
+    out: Path,
+    options: EvalOptions,
+    resume: bool,
+    memory: int,
 ) -> list[Target]:
     """Return what will be scored, all of it checked; nothing is written and no weight is read.
+
+    Args:
+        sources: Folders or hub ids.
+        names: Tasks, suites, task files.
+        out: The output folder.
+        options: Of the command.
+        resume: Whether ``out`` may hold an evaluation to resume.
+        memory: Bytes that each rank can have.
 
     Raises:
         SlimError: Whatever is wrong with the input.
@@ -68,7 +82,7 @@ def find_targets(
         check_adapter(one.folder)
     targets = []
     for source, config, folder, begun in zip(sources, configs, folders, started, strict=True):
-        target = _target(source, config, tasks, texts, options)
+        target = _target(source, config, tasks, texts, options, memory)
         target.folder, target.started = folder, begun
         if begun:
             stored = read_object(folder / STATE_FILE)
@@ -265,6 +279,7 @@ def _target(
     tasks: Sequence[TaskQuestions],
     texts: TextDocuments | None,
     options: EvalOptions,
+    memory: int,
 ) -> Target:
     """Return one model's target: its files are present and checked, its weights are not loaded."""
     trust = options.trust_remote_code
@@ -272,12 +287,15 @@ def _target(
     dtype = runtime.resolve_dtype(options.dtype)
     tensors = folder_tensors(folder)
     quantized = "quantization" in config
-    needed = sum(
-        tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
-        for tensor in tensors.values()
-    )
+    sizes = {
+        name: tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
+        for name, tensor in tensors.items()
+    }
+    fits = sum(sizes.values()) <= memory * runtime.AUTO_FRACTION
+    split = chosen_split(options.parallel, config, fits=fits, questions=True)
+    needed = sum(sizes.values()) if split is None else rank_bytes(sizes)
     takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
-    _check_memory(needed, takes, "quantize it first, or choose a smaller dtype")
+    _check_memory(needed, takes, "quantize it first, or choose a smaller dtype", memory)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     if options.apply_chat_template and not tokenizer.has_chat_template:
         raise SlimError(f"{source} has no chat template", "leave --apply-chat-template out")
@@ -300,7 +318,8 @@ def _target(
     positions = max(job.positions for job in jobs)
     least = planned_footprint(config, dtype.size).least(positions)
     takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
-    _check_memory(needed + least, takes, "quantize it first, or choose a smaller --max-length")
+    hint = "quantize it first, or choose a smaller --max-length"
+    _check_memory(needed + least, takes, hint, memory)
     stack = parse_adapters(options.adapter)
     hashes = [adapter_hash(one.folder) for one in stack]
     state = EvalState(
@@ -328,11 +347,12 @@ def _target(
         revision=options.revision,
         adapter=state.adapter,
         stack=stack,
+        split=split,
         dtype=dtype,
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
         notes=notes,
-        memory=runtime.memory_budget("auto"),
+        memory=int(memory * runtime.AUTO_FRACTION),
         jobs=jobs,
         folder=Path(),
         started=False,
@@ -341,10 +361,11 @@ def _target(
     )
 
 
-def _check_memory(needed: int, takes: str, hint: str) -> None:
-    if needed > runtime.device_memory():
-        has = runtime.human_bytes(runtime.device_memory())
-        raise ResourceError(f"{takes}; the device has {has}", hint)
+def _check_memory(needed: int, takes: str, hint: str, memory: int) -> None:
+    if needed > memory:
+        ranks = runtime.world().size()
+        who = "the device has" if ranks == 1 else f"each of {ranks} ranks has"
+        raise ResourceError(f"{takes}; {who} {runtime.human_bytes(memory)}", hint)
 
 
 def _trained_on(

@@ -9,11 +9,14 @@ an uninterrupted one, on one process or on several. Try it:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from mlx_slim import artifacts, events, runtime
+from mlx_slim.distributed.agreement import on_every_rank, refuse_differences
+from mlx_slim.evaluation.divided import shared_memory
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.plan import find_targets, result_folders
 from mlx_slim.evaluation.records import TEXT
@@ -64,7 +67,9 @@ def evaluate(
     sources = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     watcher = observer if observer and runtime.world().rank() == 0 else _Nobody()
-    targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume))
+    memory = shared_memory()
+    targets = _first_rank_first(lambda: find_targets(sources, names, out, options, resume, memory))
+    refuse_differences(_rank_facts(targets))
     if resume and runtime.world().rank() == 0 and not any(target.started for target in targets):
         watcher.notify(events.Notice(f"{out} holds no results to resume: starting"))
     message = f"stopped; every whole chunk of questions is saved in {out}"
@@ -81,7 +86,25 @@ def _first_rank_first(work: Callable[[], _T]) -> _T:
     """Return ``work()`` on every rank: rank 0 goes first, and it alone reports errors."""
     done: list[_T] = []
     runtime.from_first_rank(lambda: done.append(work()))
-    return done[0] if done else work()
+    return on_every_rank(lambda: done[0] if done else work())
+
+
+def _rank_facts(targets: Sequence[Target]) -> JsonObject:
+    """Return what must be equal on all ranks before they score."""
+    facts: JsonObject = {}
+    for target in targets:
+        state = {**asdict(target.state), "split": target.split, "dense": None, "cache_bytes": None}
+        state.pop("system")
+        facts |= {"python": state.pop("python"), **state.pop("versions")}
+        facts["the device"] = state.pop("device")
+        of = f" of {target.source}" if len(targets) > 1 else ""
+        facts[f"the model's files{of}"] = state.pop("weights_sha256")
+        facts[f"the adapter's files{of}"] = state.pop("adapter_sha256")
+        for name, description in state.pop("tasks").items():
+            facts[f"the rows of {name}"] = description.pop("rows_sha256", None)
+            facts[f"the task {name}{of}"] = artifacts.hash_json(description)
+        facts[f"the options{of}"] = artifacts.hash_json(state)
+    return facts
 
 
 def _summary(targets: list[Target], results: list[JsonObject]) -> JsonObject:

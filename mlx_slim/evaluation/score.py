@@ -7,23 +7,26 @@ depend on the number of ranks. Used by ``evaluation/run.py``.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_slim import artifacts, events, progress, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
+from mlx_slim.distributed.agreement import first, gather, on_every_rank
+from mlx_slim.evaluation.divided import load_divided
 from mlx_slim.evaluation.figures import Summary
-from mlx_slim.evaluation.jobs import Computed, Engine, ScoringJob, TaskJob
+from mlx_slim.evaluation.jobs import Engine, ScoringJob, TaskJob
 from mlx_slim.evaluation.records import TEXT, EvalResults, EvalState, Timing, TrainedOn
-from mlx_slim.evaluation.results import RESULTS, Entry, Folder, encode, read_results, samples_name
+from mlx_slim.evaluation.results import RESULTS, Entry, Folder, read_results, samples_name
+from mlx_slim.evaluation.rounds import rounds
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
 from mlx_slim.evaluation.tasks.metrics import Record
 from mlx_slim.models.kv_cache import cache_format
+from mlx_slim.models.load import Loaded
+from mlx_slim.models.parallel import Split
 from mlx_slim.models.quantized import densify, densify_pays
 from mlx_slim.quantization.base import load_base
 from mlx_slim.reading import JsonObject
@@ -41,6 +44,7 @@ class Target:
         revision: Branch, tag or commit of a hub id.
         adapter: Its adapters in words, or None.
         stack: Those adapters.
+        split: How the ranks divide the model; None gives each all of it, and its own questions.
         dtype: To compute in.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
@@ -57,6 +61,7 @@ class Target:
     revision: str | None
     adapter: str | None
     stack: list[Weighted]
+    split: Split | None
     dtype: mx.Dtype
     trust_remote_code: bool
     batch_tokens: int | None
@@ -84,15 +89,15 @@ def score(target: Target, observer: events.Observer) -> JsonObject:
         SlimError: The model or the adapter cannot be used, or a score is not finite.
         ResourceError: Out of disk.
     """
-    first = runtime.world().rank() == 0
+    leads = runtime.world().rank() == 0
     folder = Folder(target.folder)
     complete: JsonObject = {}
-    if first and folder.complete:
+    if leads and folder.complete:
         with RunDir(target.folder, RESULTS).claim(resume=True):
             pass  # temporary files of a killed process are removed
         observer.notify(events.Notice(f"{target.folder} is complete: nothing to do"))
         complete = read_results(target.folder)
-    if complete := _from_first_rank(complete):
+    if complete := first(complete):
         _say_cut(target, complete, observer)
         return complete
     for name, seen in target.trained_on.items():
@@ -100,26 +105,26 @@ def score(target: Target, observer: events.Observer) -> JsonObject:
         text = f"{name}: {seen.questions} of the {num_questions} questions were trained on in "
         observer.notify(events.Notice(text + ", ".join(seen.runs), level="warning"))
     engine = _load(target, observer)
-    if not first:
-        done = _from_first_rank({})
+    if not leads:
+        done = first({})
         for job in target.jobs:
-            for _ in _rounds(job, engine, done[job.name]):
+            for _ in rounds(job, engine, done[job.name]):
                 pass
-        return _from_first_rank({})
+        return first({})
     with folder.open(target.state, target.started):
-        _from_first_rank({job.name: folder.done(job.name) for job in target.jobs})
+        first({job.name: folder.done(job.name) for job in target.jobs})
         watch = _Watch(target, folder, observer)
         for job in target.jobs:
             watch.begin(job)
             with progress.listening(watch):
-                for packed_chunks, seconds in _rounds(job, engine, folder.done(job.name)):
+                for packed_chunks, seconds in rounds(job, engine, folder.done(job.name)):
                     watch.append(job, packed_chunks, seconds)
             watch.end(job)
         results = _results(target, folder)
         folder.finish(results, _timings(target, folder))
     _say_cut(target, results, observer)
     observer.notify(watch.done())
-    return _from_first_rank(results)
+    return first(results)
 
 
 def _say_cut(target: Target, results: JsonObject, observer: events.Observer) -> None:
@@ -130,11 +135,6 @@ def _say_cut(target: Target, results: JsonObject, observer: events.Observer) -> 
             observer.notify(events.Notice(job.cut_note(truncated), level="warning"))
 
 
-def _from_first_rank(value: Any) -> Any:
-    """Return rank 0's ``value`` on every rank."""
-    return json.loads(runtime.all_gather_bytes(json.dumps(value).encode())[0])
-
-
 def _load(target: Target, observer: events.Observer) -> Engine:
     """Load model and adapter.
 
@@ -143,24 +143,12 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     from mlx_slim.evaluation.scoring.answer_cache import joins  # imports mlx-lm
 
     observer.notify(events.Notice(f"loading {target.source}"))
-    loaded = load_base(
-        target.source,
-        used_folders(target.stack),
-        revision=target.revision,
-        dtype=target.dtype,
-        trust_remote_code=target.trust_remote_code,
-    )
-    dense = target.state.dense
-    dense = _from_first_rank(densify_pays(loaded.model) if dense is None else dense)
-    if dense:
-        densify(loaded.model)
-    if target.stack:
-        load_adapters(loaded.model, target.stack)
+    loaded, dense = _opened(target)
     cache_bytes = target.state.cache_bytes
     if cache_bytes is None:
-        left = max(1, target.memory - mx.get_active_memory())
+        left = min(gather(max(1, target.memory - mx.get_active_memory())))
         cache_bytes = 1 << (left.bit_length() - 1)  # usually the same power of two in every run
-    cache_bytes = _from_first_rank(cache_bytes)
+    cache_bytes = first(cache_bytes)
     target.state = replace(target.state, dense=dense, cache_bytes=cache_bytes)
     bits = target.state.kv_bits
     kv_format = None if bits is None else cache_format(loaded.model, bits, target.source)
@@ -183,32 +171,35 @@ def _load(target: Target, observer: events.Observer) -> Engine:
     )
 
 
-def _rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[bytes], float]]:
-    """Yield the next chunks, one a rank, as ``_pack`` packs them, and the seconds of each."""
-    group = runtime.world()
-    chunks = job.chunks
-    for begin in range(done, len(chunks), group.size()):
-        count = min(group.size(), len(chunks) - begin)
-        began = time.perf_counter()
-        mx.reset_peak_memory()
-        packed = b""
-        if group.rank() < count:
-            packed = _pack(job.compute(chunks[begin + group.rank()], engine))
-        gathered = runtime.all_gather_bytes(packed)[:count]
-        yield gathered, (time.perf_counter() - began) / count
-
-
-def _pack(computed: Computed) -> bytes:
-    """Return a chunk as bytes: a line of counts, then the samples."""
-    counts = {
-        "tokens_computed": computed.tokens_computed,
-        "tokens_minimum": computed.tokens_minimum,
-        "truncated": computed.truncated,
-        "root": computed.root,
-        "group": computed.group,
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
-    return json.dumps(counts).encode() + b"\n" + encode(computed.records)
+def _opened(target: Target) -> tuple[Loaded, bool]:
+    """Return the model with its adapters, and whether its quantized layers were dequantized."""
+    dense = first(target.state.dense)
+    if target.split is not None:
+        return load_divided(
+            target.source,
+            target.split,
+            target.stack,
+            memory=target.memory,
+            dense=dense,
+            revision=target.revision,
+            dtype=target.dtype,
+            trust_remote_code=target.trust_remote_code,
+        )
+    loaded = on_every_rank(
+        lambda: load_base(
+            target.source,
+            used_folders(target.stack),
+            revision=target.revision,
+            dtype=target.dtype,
+            trust_remote_code=target.trust_remote_code,
+        )
+    )
+    dense = first(densify_pays(loaded.model) if dense is None else dense)
+    if dense:
+        densify(loaded.model)
+    if target.stack:
+        load_adapters(loaded.model, target.stack)
+    return loaded, dense
 
 
 class _Watch:
@@ -255,7 +246,7 @@ class _Watch:
         if self._job is None or not isinstance(event, events.StageProgress) or not event.total:
             return
         job, done = self._job, self._folder.done(self._job.name)
-        chunks = job.chunks[done : done + runtime.world().size()]
+        chunks = job.chunks[done : done + (1 if self._target.split else runtime.world().size())]
         part = min(1.0, event.done / event.total)
         weight = sum(self._weights[job.name][done : done + len(chunks)]) / self._total
         self._observer.notify(
@@ -395,5 +386,6 @@ def _timings(target: Target, folder: Folder) -> JsonObject:
     return {
         "schema_version": artifacts.SCHEMA_VERSION,
         "ranks": runtime.world().size(),
+        **({"parallel": target.split} if target.split else {}),
         "tasks": {job.name: asdict(timing(folder.entries[job.name])) for job in target.jobs},
     }

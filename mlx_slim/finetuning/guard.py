@@ -13,13 +13,13 @@ import numpy as np
 
 from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
 from mlx_slim.config.schema import Recipe
+from mlx_slim.distributed.agreement import refuse_differences
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.runtime import all_gather_bytes, free_disk, human_bytes
 from mlx_slim.training import rotation
 from mlx_slim.training.loop import Loop
-from mlx_slim.training.ranks import check_same
 
 
 def check_disk(out: Path, prediction: Prediction) -> None:
@@ -95,7 +95,7 @@ def _check_ranks(loop: Loop) -> None:
         "compiled steps": loop.compiled,
         "steps": loop.total,
     }
-    check_same(facts)
+    refuse_differences(facts)
 
 
 def _cheapest_fit(prediction: Prediction, peak: int, budget: int) -> str:

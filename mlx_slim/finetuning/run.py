@@ -31,6 +31,7 @@ from mlx_slim.finetuning.conditions import ConditionsWatch
 from mlx_slim.finetuning.forgetting import measure_forgetting
 from mlx_slim.finetuning.guard import check_disk, check_folder, check_loading, preflight
 from mlx_slim.finetuning.longer import ResumePlan, plan_resume
+from mlx_slim.finetuning.rank_facts import refuse_unlike_ranks
 from mlx_slim.finetuning.report import write_page
 from mlx_slim.finetuning.rounds import AnswerRounds, WithoutNotices
 from mlx_slim.finetuning.run_dir import (
@@ -99,6 +100,7 @@ def finetune(
         Interrupted: Ctrl-C; the state is saved.
     """
     recipe = resolved.recipe
+    refuse_unlike_ranks(recipe)
     strategy = strategy or plain_strategy(resolved)
     for notice in resolved.notices:
         observer.notify(events.Notice(notice, "warning"))

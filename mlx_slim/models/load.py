@@ -141,7 +141,7 @@ def load(
             if transform is not None:
                 config = transform(model, config)
             read_weights(model, short(folder))
-            mx.eval(_constants(model))
+            mx.eval(constants(model))
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
     use_fast_matmul(model)
@@ -192,7 +192,7 @@ def read_weights(model: nn.Module, where: str = "the weights") -> None:
     check_finite(tracked(tensors, f"reading {where}", "tensors"), where)
 
 
-def _constants(model: nn.Module) -> list[mx.array]:
+def constants(model: nn.Module) -> list[mx.array]:
     """Return the arrays of ``model`` that are no parameters, such as a scale of its code.
 
     They are evaluated where the model is loaded: another thread could not.

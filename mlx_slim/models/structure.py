@@ -53,6 +53,8 @@ _MLP_LAYERS = (GATED_MLP, ("fc1", "fc2"))  # the last one reads what the others 
 # those that lose least (what only decides where attention looks).
 SENSITIVE = (_KEYS[1], *(names[-1] for names in _MLP_LAYERS))
 ROBUST = (_QUERIES, _KEYS[0])
+# Layers that read heads or neurons: ranks that divide a block divide their columns.
+READERS = (*_OUTPUTS, *(names[-1] for names in _MLP_LAYERS))
 
 
 @dataclass(frozen=True)
@@ -359,6 +361,14 @@ def _family(
 
 def _count(attention: nn.Module, names: tuple[str, ...]) -> int:
     return int(next(getattr(attention, name) for name in names if hasattr(attention, name)))
+
+
+def head_counts(block: nn.Module) -> tuple[int, int]:
+    """Return the query heads and the key-value heads of a block; 0 where it does not tell."""
+    attention = block.get(_ATTENTION, block)
+    queries = [name for name in _HEAD_COUNTS if hasattr(attention, name)]
+    pairs = [name for name in _KV_COUNTS if hasattr(attention, name)] or queries
+    return (_count(attention, _HEAD_COUNTS), _count(attention, (*pairs,))) if queries else (0, 0)
 
 
 def resize(block: nn.Module, counts: dict[str, int]) -> None:

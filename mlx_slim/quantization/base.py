@@ -182,6 +182,7 @@ def unread_base(
     *,
     revision: str | None = None,
     dtype: mx.Dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Unread:
     """Return what ``load_base`` does, its weights unread; the arguments are the same.
 
@@ -190,7 +191,7 @@ def unread_base(
     """
     computed, note = _computed_with(source, adapters, revision)
     if computed is None:
-        return unread(source, revision=revision, dtype=dtype)
+        return unread(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(computed, Path):
         read = unread(computed, dtype=dtype)
         return replace(read, source=str(source), notes=[*read.notes, note])

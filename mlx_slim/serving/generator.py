@@ -23,15 +23,18 @@ from mlx_lm.server import CompletionRequest, GenerationArguments, ModelProvider,
 from mlx_slim import runtime
 from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.data.tokenize import check_ids
+from mlx_slim.distributed.agreement import gather
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import PREFILL, ChatSession, open_session
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, seconds_without_draft
 from mlx_slim.evaluation.scoring.answer_cache import Footprint, footprint, joins
 from mlx_slim.models.kv_cache import QUANTIZED_PREFILL
+from mlx_slim.models.parallel import divided_by
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.reading import one_line, shown
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
+from mlx_slim.serving.ranks import END, LeaderEndedError, agreed_tokens
 
 _MOST_ANSWERS = 32  # at a time
 _MOST_PROMPTS = 8
@@ -95,13 +98,15 @@ class Provider(ModelProvider):
             kv_bits=options.kv_bits,
             draft_model=options.draft_model,
             others=[str(one) for one in self.served.adapters.values()],
+            parallel=options.parallel,
         )
         for note in session.notes:
             self.tell(note)
         for adapter in self.served.adapters.values():
             session.use(str(adapter))
-        session.use(None)
         model = session.model
+        if divided_by(model) is None:
+            session.use(None)
         set_length(model, boundary_of(model))  # sequences of a batch have many lengths
         limits = [session.max_length, boundary_of(model)]
         limits += [session.limit.tokens] if session.limit else []
@@ -109,6 +114,8 @@ class Provider(ModelProvider):
         self._footprints = [footprint(each) for each in (model, session.draft) if each is not None]
         self.vocabulary = self._footprints[0].vocabulary
         left = max(0, runtime.memory_budget("auto") - mx.get_active_memory())
+        if divided_by(model) is not None:  # requests are refused on all ranks or on none
+            left = min(gather(left))
         self._room, self.cli_args.prompt_cache_bytes = left // 2, left // 4
         typical = min(_CONTEXT, self._limit or _CONTEXT)
         answers = self._footprints[0].answers(self._room, typical, 0, shared=False)
@@ -161,6 +168,8 @@ class Provider(ModelProvider):
         """
         if not ids:
             raise SlimError("the prompt is empty")
+        if divided_by(self.model) is not None and arguments.seed is not None:
+            raise SlimError("a seed is not there for a model that is divided over ranks")
         check_ids(self.tokenizer, ids, "the prompt")
         for stop in arguments.stop_words:
             if not self.tokenizer.encode(stop, add_special_tokens=False):  # pyright: ignore
@@ -253,7 +262,11 @@ class Generator(ResponseGenerator):
                 self._ready.set()
             while not self._stop:
                 try:
-                    self._generate()
+                    with agreed_tokens(self.provider.model):
+                        self._generate()
+                    self._share_object(END)
+                except LeaderEndedError:
+                    return
                 except Exception as error:  # of a batch: its requests end, the server does not
                     self.provider.tell(f"a batch of answers failed: {one_line(error)}")
                     for queue in list(self._waiting):
@@ -263,6 +276,8 @@ class Generator(ResponseGenerator):
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
+        if request is not None and request[1:] == END:
+            raise LeaderEndedError
         if request is not None:
             self._waiting.add(request[0])
         return request

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mlx_slim.config.options import option
+from mlx_slim.config.parallel import PARALLEL, PARALLEL_OPTION, Parallel
 from mlx_slim.config.section import PositiveInt
 from mlx_slim.evaluation.options import (
     ANSWERING_CODE,
@@ -41,6 +42,7 @@ class ServeOptions:
         num_draft_tokens: Tokens that it drafts at a time.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run Python files that the repository brings.
+        parallel: How several ranks divide the model; ``auto`` is ``tensor`` where that can be.
     """
 
     adapter: tuple[str, ...] = field(
@@ -68,3 +70,4 @@ class ServeOptions:
     num_draft_tokens: DraftWidth = field(default=DRAFT_WIDTH, metadata=DRAFT_TOKENS)
     revision: str | None = field(default=None, metadata=ANSWERING_REVISION)
     trust_remote_code: bool = field(default=False, metadata=ANSWERING_CODE)
+    parallel: Parallel = field(default=PARALLEL, metadata=PARALLEL_OPTION)

@@ -16,6 +16,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from mlx_slim import runtime
+from mlx_slim.distributed.agreement import on_every_rank
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import one_line
 from mlx_slim.serving.generator import Generator, Provider
@@ -46,6 +47,9 @@ def serve(
         SlimError: If the address is taken, or the model, an adapter or the draft cannot be used.
         KeyboardInterrupt: Ctrl-C; requests that are being answered are ended.
     """
+    if not runtime.leads():
+        _compute_along(model, options)
+        return
     with listening(model, options, tell) as (server, provider):
         host = f"[{options.host}]" if ":" in options.host else options.host
         started(f"http://{host}:{server.server_port}/v1", provider.served.all)
@@ -66,10 +70,12 @@ def listening(
     Raises:
         SlimError: As ``serve``.
     """
-    if runtime.world().size() > 1:
-        raise SlimError("serve runs in one process", "start it without mlx.launch")
+    _check_ranks(options)
     served = ServedNames.of(model, options.adapter, options.draft_model)
-    with _bound(options.host, options.port, tell) as server, runtime.memory_limits():
+    with contextlib.ExitStack() as open_until_done:
+        bound = _bound(options.host, options.port, tell)
+        server = on_every_rank(lambda: open_until_done.enter_context(bound))
+        open_until_done.enter_context(runtime.memory_limits())
         provider = Provider(served, options, tell)
         generator = Generator(provider)
         try:
@@ -83,6 +89,30 @@ def listening(
             generator.stop_and_join()
             if generator.figures.proposed:
                 tell(f"in all, {generator.figures}")
+
+
+def _compute_along(model: str, options: ServeOptions) -> None:
+    """Compute the requests that rank 0 gets, until it ends."""
+    _check_ranks(options)
+    on_every_rank(lambda: None)  # whether rank 0 has its port
+    with runtime.memory_limits():
+        served = ServedNames.of(model, options.adapter, options.draft_model)
+        generator = Generator(Provider(served, options, lambda _: None))
+        try:
+            generator.wait()
+            generator.join()
+        finally:
+            generator.stop_and_join()
+
+
+def _check_ranks(options: ServeOptions) -> None:
+    if runtime.world().size() > 1 and options.adapter:
+        if not runtime.leads():
+            raise SystemExit(SlimError.exit_code)
+        raise SlimError(
+            "serve over several ranks has one model without adapters",
+            "merge one first: mlx-slim fuse MODEL --adapter DIR -o OUT",
+        )
 
 
 class Server(ThreadingHTTPServer):

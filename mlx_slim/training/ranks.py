@@ -7,7 +7,6 @@ time; counts and losses in float64, in the order of the ranks. Try it:
 
 from __future__ import annotations
 
-import json
 from typing import Literal
 
 import mlx.core as mx
@@ -16,9 +15,7 @@ import numpy as np
 
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, is_experts
 from mlx_slim.config.train import TrainConfig
-from mlx_slim.errors import SlimError
 from mlx_slim.models.structure import HEAD_NAMES
-from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import all_gather_bytes, world
 
 RandomUnit = Literal["none", "row", "micro-batch"]
@@ -86,27 +83,6 @@ def random_unit(model: nn.Module) -> RandomUnit:
                 return "micro-batch"
             unit = "row"
     return unit
-
-
-def check_same(facts: JsonObject) -> None:
-    """Check that all ranks are about to take the same steps.
-
-    Args:
-        facts: What must be the same everywhere, by name.
-
-    Raises:
-        SlimError: On every rank, with the first fact that differs.
-    """
-    if world().size() == 1:
-        return
-    of_ranks = [json.loads(each) for each in all_gather_bytes(json.dumps(facts).encode())]
-    for name, first in of_ranks[0].items():
-        for rank, other in enumerate(of_ranks):
-            if other.get(name) != first:
-                raise SlimError(
-                    f"ranks differ in {name}: {first} on rank 0, {other.get(name)} on rank {rank}",
-                    "give all machines the same versions, model, rows and recipe",
-                )
 
 
 def number_of_ranks() -> int | None:

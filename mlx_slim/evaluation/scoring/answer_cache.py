@@ -27,9 +27,11 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_slim.distributed.agreement import gather
 from mlx_slim.evaluation.scoring.footprint import Footprint
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
+from mlx_slim.models.parallel import divided_by
 
 PREFILL_TOKENS = 512  # tokens of a prompt per forward pass
 _ATTENTION = "scaled_dot_product_attention"
@@ -225,4 +227,8 @@ def footprint(model: Any) -> Footprint:
             layers.append((sum(x.shape[1] * x.shape[3] * x.itemsize for x in codes), None))
         else:
             fixed += int(cache.nbytes or 0)
+    if divided_by(model) is not None:  # the ranks plan alike, for the one with the largest caches
+        every = gather([sum(size for size, _ in layers), fixed, layers])
+        _, fixed, most = max(every, key=lambda one: one[:2])
+        layers = [(size, window) for size, window in most]
     return Footprint(tuple(layers), fixed, logits.shape[-1])

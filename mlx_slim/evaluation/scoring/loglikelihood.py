@@ -27,6 +27,7 @@ from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_
 from mlx_slim.models import structure
 from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.models.logits import logsumexp
+from mlx_slim.models.parallel import divided_by
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.progress import Stage, stage
 from mlx_slim.runtime import default_num_threads, on_gpu, run_in_threads
@@ -95,6 +96,8 @@ class LoglikelihoodScorer:
         self.sharing = not self._sharing.reason
         if not self.sharing:
             self.notes.append(f"prefixes are not shared: {self._sharing.reason}")
+        # Passes of a divided model must come in the same order on all ranks: one at a time.
+        self._one_at_a_time = divided_by(model) is not None
         self._root: tuple[tuple[int, ...], Pool] = ((), [])
 
     def score(self, requests: Sequence[Request], root: tuple[int, ...] = ()) -> list[RequestScore]:
@@ -191,9 +194,8 @@ class LoglikelihoodScorer:
     def _budget(self, nodes: list[prefix_tree.Node], step: list[int]) -> int:
         """Return the positions of a batch such that all threads get batches of like size."""
         total = sum(len(nodes[i].tokens) for i in step)
-        num_batches = (
-            math.ceil(total / (default_num_threads() * self.batch_tokens)) * default_num_threads()
-        )
+        threads = 1 if self._one_at_a_time else default_num_threads()
+        num_batches = math.ceil(total / (threads * self.batch_tokens)) * threads
         return min(self.batch_tokens, max(MIN_BATCH, math.ceil(1.05 * total / max(num_batches, 1))))
 
     def _run(self, work: list[tuple], reading: Stage) -> list[Computed]:
@@ -204,10 +206,11 @@ class LoglikelihoodScorer:
             reading.advance(sum(len(node.tokens) for node in nodes))
             return computed
 
-        if len(work) < 2 or default_num_threads() == 1:
+        threads = 1 if self._one_at_a_time else default_num_threads()
+        if len(work) < 2 or threads == 1:
             return [forward(*arguments) for arguments in work]
         with blas.single_threaded():
-            return run_in_threads(forward, work, default_num_threads())
+            return run_in_threads(forward, work, threads)
 
     def _forward(
         self, nodes: list[prefix_tree.Node], paths: list[np.ndarray], pool: Pool

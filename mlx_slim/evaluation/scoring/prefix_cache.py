@@ -18,8 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_slim.distributed.agreement import gather
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
+from mlx_slim.models.parallel import divided_by, largest
 from mlx_slim.runtime import on_gpu
 
 Pool = list[tuple[mx.array, mx.array]]  # of each layer: keys and values (P, H, D)
@@ -211,13 +213,18 @@ def probe(model: nn.Module, body: Callable[..., mx.array]) -> Sharing:
     # The fused kernel of a GPU is fastest with booleans; on a CPU adding is cheaper.
     first, *others = [False] if on_gpu() else [True, False]
     sharing = Sharing("", len(caches), 0, alone.dtype, first)
-    if not all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches):
-        kinds = " and a ".join(sorted({type(cache).__name__ for cache in caches}))
-        return replace(sharing, reason=f"its cache is a {kinds}")
+    names = sorted({type(cache).__name__ for cache in caches})
+    plain = all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches)
+    if divided_by(model) is not None:  # into blocks, of which other ranks have others
+        kinds = gather([plain, names])
+        plain = all(one[0] for one in kinds)
+        names = sorted({name for one in kinds for name in one[1]})
+    if not plain:
+        return replace(sharing, reason=f"its cache is a {' and a '.join(names)}")
     sharing = _tried(sharing, body, alone)
     for additive in others if sharing.reason else ():
         sharing = _tried(replace(sharing, reason="", additive=additive), body, alone)
-    return sharing
+    return replace(sharing, position_bytes=largest(model, sharing.position_bytes))
 
 
 def _tried(sharing: Sharing, body: Callable[..., mx.array], alone: mx.array) -> Sharing:

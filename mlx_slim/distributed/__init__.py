@@ -1,0 +1,1 @@
+"""Several processes of one command, one a machine: what they agree on before they compute."""
