@@ -28,6 +28,7 @@ from mlx_slim.hashing import hash_bytes as hash_bytes
 from mlx_slim.hashing import hash_file as hash_file
 from mlx_slim.hashing import hash_files as hash_files
 from mlx_slim.hashing import hash_json as hash_json
+from mlx_slim.interrupts import finished_first
 from mlx_slim.reading import JsonObject
 from mlx_slim.reading import read_json as read_json  # what ``write_json`` wrote
 from mlx_slim.tensor_files import safetensors_header
@@ -126,7 +127,7 @@ def atomic_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
         ResourceError: If the disk is full.
         SlimError: If the folder cannot be written, or ``path`` exists.
     """
-    with disk_errors(path):
+    with finished_first(), disk_errors(path):
         if not replace and os.path.lexists(path):
             raise exists_already(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         ResourceError: If the disk is full.
         SlimError: If ``path`` exists, cannot be written, or another process writes it.
     """
-    with disk_errors(path), parent_of(path), locks.hold(path) as work:
+    with finished_first(), disk_errors(path), parent_of(path), locks.hold(path) as work:
         if path.exists() and not replace:
             raise exists_already(path)
         new = work.folder / locks.NEW

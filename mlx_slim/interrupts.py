@@ -105,12 +105,31 @@ class SignalFlag:
         self._stack.close()
 
 
+_finishing: list[object] = []  # of all threads; append and remove are atomic
+
+
+@contextlib.contextmanager
+def finished_first() -> Iterator[None]:
+    """Inside, a thread that would end the process waits (``ranks/watch.py``)."""
+    mark = object()
+    _finishing.append(mark)
+    try:
+        yield
+    finally:
+        _finishing.remove(mark)
+
+
+def finishing() -> bool:
+    """Return whether something is under way that should be done before the process ends."""
+    return bool(_finishing)
+
+
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
     """Hold signals back until the block is done, and send the first one again then."""
     held: list[int] = []
     try:
-        with _handled_by(lambda number, _: held.append(number)):
+        with finished_first(), _handled_by(lambda number, _: held.append(number)):
             yield
     finally:
         if held:

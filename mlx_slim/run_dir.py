@@ -24,6 +24,7 @@ from mlx_slim import locks
 from mlx_slim.artifacts import check_writable, disk_errors, first_missing
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.interrupts import deferred_signals
+from mlx_slim.ranks.state import resumed_by
 from mlx_slim.reading import field, read_object
 
 LOCK_FILE = ".mlx-slim.lock"
@@ -197,12 +198,18 @@ class RunDir:
                 that is raised inside, whose message stays.
             KeyboardInterrupt: On Ctrl-C before: nothing is kept.
         """
+        folders = (self, *inside)
+
+        def resume() -> str:
+            return self.resume_command(words()) if any(one.started for one in folders) else ""
+
         try:
-            yield
+            with resumed_by(resume):
+                yield
         except Interrupted as stop:
             raise Interrupted(stop.message, self._hint(words)) from stop
         except KeyboardInterrupt as stop:
-            if not any(one.started for one in (self, *inside)):
+            if not any(one.started for one in folders):
                 raise
             text = message or f"stopped; what is complete is kept in {self.path}"
             raise Interrupted(text, self._hint(words)) from stop

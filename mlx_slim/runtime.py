@@ -25,6 +25,7 @@ import mlx.core as mx
 
 from mlx_slim import blas
 from mlx_slim.errors import SlimError
+from mlx_slim.ranks import collectives, watch
 from mlx_slim.reading import JsonObject
 
 HUB_SECONDS = 3.0
@@ -102,8 +103,10 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 @lru_cache(maxsize=1)
 def world() -> mx.distributed.Group:
-    """Return the group of ranks (one rank unless started by ``mlx.launch``)."""
-    return mx.distributed.init()
+    """Return the group of ranks (one rank unless started by ``mlx.launch``), watched."""
+    group = mx.distributed.init()
+    watch.start(group)
+    return group
 
 
 def leads() -> bool:
@@ -111,19 +114,27 @@ def leads() -> bool:
     return world().rank() == 0
 
 
-def all_gather_bytes(data: bytes) -> list[bytes]:
-    """Return what every rank gave, in the order of ranks; all ranks must call it."""
-    group = world()
-    if group.size() == 1:
-        return [data]
-    import numpy as np  # slow to import, and needed by several ranks only
+def all_gather_bytes(data: bytes, *, patient: bool = False) -> list[bytes]:
+    """Return what every rank gave, in the order of ranks; all ranks must call it.
 
-    lengths = np.array(mx.distributed.all_gather(mx.array([len(data)]), group=group, stream=mx.cpu))
-    padded = np.zeros(max(1, int(lengths.max())), dtype=np.uint8)
-    padded[: len(data)] = np.frombuffer(data, dtype=np.uint8)
-    gathered = mx.distributed.all_gather(mx.array(padded), group=group, stream=mx.cpu)
-    rows = np.array(gathered).reshape(group.size(), -1)
-    return [row[:length].tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
+    ``patient``: a rank may work alone for long before it comes.
+    """
+    return watch.gather_bytes(data, world(), patient=patient)
+
+
+def all_sum(array: mx.array, what: str = "sums") -> mx.array:
+    """Return the sum of an array over all ranks, evaluated; all ranks must call it.
+
+    ``what``: its bytes are counted under this name.
+    """
+    return collectives.all_sum(array, world(), what)
+
+
+def true_on_all_ranks(value: bool = True) -> bool:
+    """Return whether ``value`` is true on all ranks, when all have come: one may work before."""
+    group = world()
+    count = collectives.all_sum(mx.array(int(value)), group, "agreement", patient=True)
+    return int(to_float(count)) == group.size()
 
 
 def from_first_rank(work: Callable[[], Any]) -> Any:
@@ -142,9 +153,9 @@ def from_first_rank(work: Callable[[], Any]) -> Any:
             answer = {"code": error.exit_code}
             raise
         finally:
-            all_gather_bytes(json.dumps(answer).encode())
+            all_gather_bytes(json.dumps(answer).encode(), patient=True)
         return answer["value"]
-    answer = json.loads(all_gather_bytes(b"")[0])
+    answer = json.loads(all_gather_bytes(b"", patient=True)[0])
     if "code" in answer:
         raise SystemExit(answer["code"])
     return answer["value"]

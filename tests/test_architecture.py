@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors", "interrupts"},
-    {"children", "locks", "reading"},
+    {"children", "locks", "ranks", "reading"},
     {"tensor_files"},
     {"events", "next_steps"},
     {"progress", "round_events"},

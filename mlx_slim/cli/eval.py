@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_slim.cli.options import alive, options_of, output_mode, show_next
+from mlx_slim.cli.options import alive, options_of, output_mode, rank_timeout, show_next
 from mlx_slim.cli.ranks import check_ranks
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.options import EvalOptions
@@ -54,6 +54,7 @@ _FOLDER = click.Path(path_type=Path)
 )
 @click.option("-o", "--out", type=_FOLDER, help="New folder for the results.")
 @click.option("--resume", is_flag=True, help="Resume the evaluation in OUT.")
+@rank_timeout
 @output_mode("Events and results as JSON lines.", "Warnings and the table only.")
 def command(
     models: tuple[str, ...],

@@ -196,8 +196,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             result: Any = command.main(args=words, prog_name="mlx-slim", standalone_mode=False)
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except (KeyboardInterrupt, click.Abort):
-            return _fail("interrupted", "", Interrupted.exit_code)
+        except (KeyboardInterrupt, click.Abort) as stop:
+            return _lost_rank(stop) or _fail("interrupted", "", Interrupted.exit_code)
         except SystemExit as leaving:  # of rich, or of click, which wraps the streams before
             if sys.stdout is streams[0] and not isinstance(leaving.__context__, BrokenPipeError):
                 raise
@@ -227,6 +227,8 @@ def _ended(error: Exception, words: list[str]) -> int:
     if isinstance(error, BrokenPipeError):  # the reader closed the pipe: ``| head``
         _silence(sys.stdout)
         return 0
+    if code := _lost_rank(error):
+        return code
     if debugging:
         raise error
     if not isinstance(error, SlimError):
@@ -234,6 +236,18 @@ def _ended(error: Exception, words: list[str]) -> int:
 
         error = explained(error, words)
     return _fail(error.message, error.hint, error.exit_code, error.details)
+
+
+def _lost_rank(error: BaseException) -> int:
+    """Print which other rank is lost, if that is why this one ends; return the exit code, or 0."""
+    ranks = sys.modules.get("mlx_slim.ranks.watch")
+    if ranks is None or not ranks.watching():
+        return 0
+    if isinstance(error, (KeyboardInterrupt, Interrupted)) and (line := ranks.missing_rank()):
+        return _fail(line, "", 1)
+    if (lost := ranks.lost_peer(error)) is not None:
+        return _fail(f"{lost.message}; {lost.hint}", "", lost.exit_code)
+    return 0
 
 
 def _silence(stream: Any) -> None:
@@ -266,6 +280,8 @@ def main() -> NoReturn:
         code = run()
     except KeyboardInterrupt:  # while the error was printed
         code = Interrupted.exit_code
+    if (ranks := sys.modules.get("mlx_slim.ranks.watch")) is not None:
+        ranks.leave(code)
     for (
         number
     ) in interrupts.SIGNALS:  # nothing is left to clean up: the default action may end the process

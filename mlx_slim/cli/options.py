@@ -33,6 +33,7 @@ from mlx_slim.config import library
 from mlx_slim.config.options import KEY, CommandLine
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import NextStep
+from mlx_slim.ranks.state import LEAST_TIMEOUT
 
 if TYPE_CHECKING:
     from mlx_slim.console import Console
@@ -153,6 +154,31 @@ def output_mode(
     return add
 
 
+def rank_timeout(command: Command) -> Command:
+    """Add ``--rank-timeout``, which is set before the command begins."""
+
+    def apply(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            from mlx_slim.ranks.watch import set_timeout
+            from mlx_slim.runtime import parse_duration
+
+            seconds = parse_duration(value)
+            if seconds < LEAST_TIMEOUT:
+                raise SlimError(
+                    f"--rank-timeout is {value}, expected at least {LEAST_TIMEOUT:.0f} s",
+                    "two minutes, the default, outlast what slows a healthy machine",
+                )
+            set_timeout(seconds)
+
+    return click.option(
+        "--rank-timeout",
+        metavar="TIME",
+        expose_value=False,
+        callback=apply,
+        help="Several ranks: end when one is missing for so long.  [default: 2m]",
+    )(command)
+
+
 def alive() -> Console:
     """Return a console for a ``with`` block: progress goes to standard error."""
     from rich.console import Console as Terminal
@@ -201,6 +227,7 @@ def run_options(command: Command) -> Command:
         click.option(
             "--resume", is_flag=True, help="Resume an interrupted run, or train more steps."
         ),
+        rank_timeout,
         click.option("-o", "--out", type=folder, help="Run folder [runs/RECIPE]."),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
         click.argument("recipe", shell_complete=recipe_names),

@@ -18,8 +18,10 @@ from mlx_slim.next_steps import step
 
 if TYPE_CHECKING:
     from mlx_slim.config.load import Resolved
+    from mlx_slim.planner.links import SeveralMachines
     from mlx_slim.planner.memory import Prediction
     from mlx_slim.planner.suggest import Suggestion
+    from mlx_slim.planner.time import Range
 
 
 def on_a_mac(name: str) -> tuple[Prediction, int | None]:
@@ -160,6 +162,12 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
 @click.option("--budget", metavar="SIZE", help="Plan for this much memory, e.g. 16GB.")
 @click.option("--for", "mac", metavar="MAC", help="Plan for a Mac, e.g. m2-16gb (see --macs).")
 @click.option("--probe", is_flag=True, help="Measure three real steps of the largest batch here.")
+@click.option("--machines", type=int, metavar="N", help="Plan for N such machines, with --link.")
+@click.option(
+    "--link",
+    metavar="LINK",
+    help="Between them: wifi, 1gbe, 10gbe, tb4, tb5, tb5-rdma, or measured: MB/s,µs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--table", "as_table", is_flag=True, help="Show which recipes fit which Macs.")
 @click.option("--macs", "as_macs", is_flag=True, help="List the Macs that --for takes.")
@@ -169,6 +177,8 @@ def command(
     budget: str | None,
     mac: str | None,
     probe: bool,
+    machines: int | None,
+    link: str | None,
     as_json: bool,
     as_table: bool,
     as_macs: bool,
@@ -190,18 +200,29 @@ def command(
     from mlx_slim.planner.run import plan
 
     refuse_model(recipe)
+    if (machines is None) != (link is None):
+        raise SlimError(
+            "--machines and --link belong to each other, and one is missing",
+            "mlx-slim plan RECIPE --machines 2 --link tb4",
+        )
     resolved = load_recipe(recipe, overrides)
     steps = None
     if probe:  # what trains imports mlx-lm
         from mlx_slim.finetuning.profile import probe as steps
     with alive():
         prediction, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
+    several = None
+    if machines is not None and link is not None:
+        from mlx_slim.planner.links import parse_link, several_machines
+
+        several = several_machines(prediction, resolved.recipe, machines, parse_link(link))
     if as_json:
-        click.echo(
-            json.dumps({"schema_version": 1, "recipe": resolved.name, **prediction.as_record()})
-        )
+        record = {"schema_version": 1, "recipe": resolved.name, **prediction.as_record()}
+        click.echo(json.dumps({**record, **({"machines": several.as_record()} if several else {})}))
     else:
         click.echo(_text(resolved, prediction, note))
+        if several is not None:
+            click.echo(_on_machines(several))
         command = "train" if resolved.recipe.distill is None else "distill"
         words = ["mlx-slim", command, recipe, *overrides]
         if not prediction.fits:
@@ -210,6 +231,27 @@ def command(
                 return
             words += fitting[0].set.split()
         show_next(step("run it", *words, "-o", f"runs/{resolved.name}"))
+
+
+def _on_machines(several: SeveralMachines) -> str:
+    """Return the lines about a run on several machines."""
+    from mlx_slim.runtime import human_bytes
+
+    def span(one: Range, unit: str, digits: int = 2) -> str:
+        low, high = (f"{value:.{digits}g}" for value in (one.low, one.high))
+        return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
+
+    gain = "" if several.speed_up is None else f"{span(several.speed_up, ' x as fast as one')}, "
+    step = "" if several.step_seconds is None else f" of {span(several.step_seconds, ' s')} alone"
+    rows = [
+        ("machines", f"{several.machines} over {several.link}: {gain}{several.verdict}"),
+        (
+            "  each",
+            f"{human_bytes(several.peak_bytes)} of memory; sends {human_bytes(several.sent_bytes)} "
+            f"a step, {span(several.link_seconds, ' s')}{step}",
+        ),
+    ]
+    return "\n".join(["", *(f"{label:<15}{text}" for label, text in rows)])
 
 
 def _fits(suggestion: Suggestion, prediction: Prediction) -> bool:

@@ -33,6 +33,7 @@ from mlx_slim.events import (
     ValidationDone,
 )
 from mlx_slim.round_events import RoundBegun
+from mlx_slim.training.rank_speed import RanksMeasured
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # decay per step of the running mean of the loss
@@ -88,6 +89,12 @@ def _round(event: RoundBegun) -> str:
     return f"{event.answers:,} answers, {event.tokens:,} tokens{cut}{figures}"
 
 
+def _speeds(event: RanksMeasured) -> str:
+    """Return the speed of each rank, and how long it waited."""
+    each = zip(event.tokens_per_second, event.waiting, strict=True)
+    return ", ".join(f"{speed:,.0f} tok/s {waiting:.0%} waiting" for speed, waiting in each)
+
+
 def _forgetting(event: ForgettingMeasured) -> str:
     return f"{event.bits_per_byte:.4f} bits/byte ({event.rise:+.2%})"
 
@@ -101,6 +108,7 @@ class TrainingProgress:
     def __init__(self) -> None:
         self.started: Started | None = None
         self.step: StepDone | None = None
+        self.ranks: RanksMeasured | None = None
         self.validation: ValidationDone | None = None
         self.validating: float | None = None
         self.best: ValidationDone | None = None
@@ -126,6 +134,8 @@ class TrainingProgress:
                 self.step = event
                 self._clock.mark(event.step, now)
                 self._smooth(event.loss)
+            case RanksMeasured():
+                self.ranks = event
             case ValidationDone():
                 self.validation = event
                 if event.best:
@@ -203,6 +213,8 @@ class TrainingProgress:
                     f"mem {runtime.human_bytes(event.active_memory_bytes)} "
                     f"peak {runtime.human_bytes(event.peak_memory_bytes)} {age}eta {left}"
                 )
+            case RanksMeasured():
+                return f"ranks at step {event.step}: {_speeds(event)}"
             case ValidationDone():
                 mark = " (best)" if event.best else ""
                 metrics = _metrics(event.metrics)
@@ -287,6 +299,7 @@ class TrainingView:
         compared = ""
         if step and step.metrics and "rewards/margins" in step.metrics:
             compared = _short_metrics(step.metrics)
+        ranks = f"  {_speeds(p.ranks)}" if p.ranks else ""
         saved = p.saved.path if p.saved else "–"
         if p.round:
             saved += f"  round {p.round.round + 1}: {_round(p.round)}"
@@ -296,7 +309,7 @@ class TrainingView:
             ("validation", validation),
             ("epoch", f"{step.epoch:.2f}{epochs}" if step else "–"),
             ("best", best),
-            ("tokens/s", f"{step.tokens_per_second:,.0f}" if step else "–"),
+            ("tokens/s", f"{step.tokens_per_second:,.0f}{ranks}" if step else "–"),
             ("learning rate", f"{step.learning_rate:.2e}" if step else "–"),
             ("saved", saved),
             ("gradient norm", f"{step.grad_norm:.3f}" if step else "–"),

@@ -25,7 +25,7 @@ from mlx_slim.distillation.objective import Columns
 from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import human_bytes, world
+from mlx_slim.runtime import human_bytes, true_on_all_ranks, world
 from mlx_slim.training.stop import StopRequest
 
 
@@ -164,10 +164,7 @@ class CachedTargets:
                     if stop.requested:
                         complete = False
                         break
-        if world().size() > 1:
-            ranks = mx.distributed.all_sum(mx.array(int(complete)), group=world())
-            complete = ranks.item() == world().size()
-        return complete
+        return true_on_all_ranks(complete)
 
     def _generate(
         self, teacher: TargetTeacher, observer: events.Observer, stop: StopRequest

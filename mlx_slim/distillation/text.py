@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -48,7 +47,7 @@ from mlx_slim.finetuning.strategy import CrossEntropyStrategy, SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.power import keep_awake
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import world
+from mlx_slim.runtime import true_on_all_ranks, world
 from mlx_slim.training.step import CrossEntropy, Objective
 
 
@@ -118,7 +117,7 @@ def _prepare_dataset(
         return generate_dataset(recipe, teachers, method, out, observer, ready)
     if world().rank() == 0:
         generate_dataset(recipe, teachers, method, out, observer, ready)
-    mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+    true_on_all_ranks()
     check_folder(out)
     stored = read_record(out)
     assert stored is not None

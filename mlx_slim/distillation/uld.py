@@ -65,7 +65,7 @@ from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import default_num_threads, resolve_dtype, world
+from mlx_slim.runtime import default_num_threads, resolve_dtype, true_on_all_ranks, world
 from mlx_slim.training.step import Objective
 
 _ALIGNMENTS = "alignment"  # inside a run folder
@@ -194,7 +194,7 @@ class ULDDistillation:
         if world().size() > 1:
             if world().rank() == 0:
                 self._align(recipe, tuned, data, out)
-            mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+            true_on_all_ranks()
         notes = [data.note, *self._align(recipe, tuned, data, out)]
         return replace(data, note="; ".join(filter(None, notes)))
 

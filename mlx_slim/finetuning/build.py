@@ -43,7 +43,14 @@ from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import default_num_threads, dtype_name, on_gpu, resolve_dtype, world
+from mlx_slim.runtime import (
+    default_num_threads,
+    dtype_name,
+    on_gpu,
+    resolve_dtype,
+    true_on_all_ranks,
+    world,
+)
 from mlx_slim.training.adalora import RankBudget
 from mlx_slim.training.callbacks import Callback
 from mlx_slim.training.layer_rates import described, layer_multiples
@@ -227,7 +234,7 @@ def prepare_data(
         return rows()
     if world().rank() == 0:
         rows()  # writes what the other ranks, and then all of them, open
-    mx.eval(mx.distributed.all_sum(mx.array(1), group=world()))
+    true_on_all_ranks()
     return rows()
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -44,6 +43,7 @@ from mlx_slim.runtime import (
     human_bytes,
     on_gpu,
     resolve_dtype,
+    true_on_all_ranks,
     world,
 )
 from mlx_slim.training.callbacks import computing
@@ -174,7 +174,7 @@ class PreferenceStrategy:
     def generate(self, observer: events.Observer, student: Tuned | None) -> bool:
         """Score all rows with the untrained model on rank 0; return False if it was interrupted."""
         assert student is not None
-        done = 1
+        done = True
         if world().rank() == 0:
             model = student.model
             model.eval()
@@ -183,14 +183,10 @@ class PreferenceStrategy:
                     if not (cache.complete or stop.requested):
                         self._score(cache, model, lambda: stop.requested)
             model.train()
-            done = int(not self.missing())
+            done = not self.missing()
             if done:
                 self._report(observer)
-        if world().size() > 1:
-            done = int(
-                mx.distributed.all_sum(mx.array(done), group=world()).item() == world().size()
-            )
-        return bool(done)
+        return true_on_all_ranks(done)
 
     def _score(self, cache: ReferenceCache, model: nn.Module, stop: Callable[[], bool]) -> None:
         settings = self._chunk, self._vocabulary, default_num_threads()

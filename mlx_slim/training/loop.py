@@ -38,6 +38,7 @@ from mlx_slim.training.callbacks import (
 from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
 from mlx_slim.training.optim import Extended, Optimizer, gradient_norm, schedule
+from mlx_slim.training.rank_speed import RankSpeeds
 from mlx_slim.training.ranks import number_of_ranks
 from mlx_slim.training.rounds import Begun, Rounds
 from mlx_slim.training.state import TrainState, read_state
@@ -91,6 +92,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Build the optimizer and the schedule."""
+        self.speeds = RankSpeeds(self.observer)
         self.optimizer = Optimizer(self.model, self.config, self.rate_scale)
         self._monitors = [one for one in self.callbacks if isinstance(one, Monitor)]
         self._metric = next((m for m in self.callbacks if isinstance(m, ValidationMetric)), None)
@@ -159,8 +161,7 @@ class Loop:
             self._rotate()  # the kill may have come between the checkpoint and this
         if report:
             name = f"{path.parent.name}/{path.name}"
-            ranks = number_of_ranks()
-            self.observer.notify(events.Resumed(step=self.state.step, path=name, ranks=ranks))
+            self.observer.notify(events.Resumed(self.state.step, name, number_of_ranks()))
 
     def run(self, *, again: bool = False) -> events.Done | None:
         """Train to the end and return how it ended; ``again`` reports no start a second time.
@@ -174,8 +175,7 @@ class Loop:
         at = self.state
         if not again:
             plan = self.total, self.epochs, self.budget_bytes, at.step
-            started = events.Started(*plan, ranks=number_of_ranks())
-            self.observer.notify(started)
+            self.observer.notify(events.Started(*plan, ranks=number_of_ranks()))
         reason = "complete"
         verdict = combine(monitor.begin(at.step) for monitor in self._monitors)
         # Either: a resume from the checkpoint that the run was stopped with.
@@ -333,6 +333,7 @@ class Loop:
                     text_age=age,
                 )
             )
+        self.speeds.step(at.step, result, seconds, report=at.step % self.config.log_every == 0)
 
     def _validate(self) -> bool:
         """Score the validation rows, then the task; return whether this is the best so far."""

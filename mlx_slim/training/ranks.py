@@ -16,6 +16,7 @@ import numpy as np
 from mlx_slim.adapters.lora import Adapter, LoRAEmbedding, is_experts
 from mlx_slim.config.train import TrainConfig
 from mlx_slim.models.structure import HEAD_NAMES
+from mlx_slim.ranks.collectives import all_gather, all_sum
 from mlx_slim.runtime import all_gather_bytes, world
 
 RandomUnit = Literal["none", "row", "micro-batch"]
@@ -29,7 +30,7 @@ def sum_numbers(*values: float) -> list[float]:
     if group.size() == 1:
         return list(values)
     words = mx.array(np.array(values, dtype=np.float64).view(np.uint32))
-    gathered = np.array(mx.distributed.all_gather(words, group=group, stream=mx.cpu))
+    gathered = np.array(all_gather(words, group, "sums"))
     return gathered.view(np.float64).reshape(group.size(), -1).sum(axis=0).tolist()
 
 
@@ -48,7 +49,7 @@ def sum_gradients(gradients: dict[str, mx.array], bucket: int = BUCKET) -> dict[
 
     def exchange() -> None:
         flat = mx.concatenate([value.reshape(-1) for _, value in waiting])
-        total = mx.distributed.all_sum(flat, group=group)
+        total = all_sum(flat, group, "gradients")
         ends = np.cumsum([value.size for _, value in waiting])[:-1].tolist()
         pieces = mx.split(total, ends) if ends else [total]
         here = {

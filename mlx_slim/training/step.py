@@ -27,6 +27,7 @@ from mlx_slim.models import structure
 from mlx_slim.models.dropout import drawn_for
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.models.quantized import dequantize_weight
+from mlx_slim.ranks.state import state
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
@@ -375,10 +376,10 @@ class Stepper:
 
         What is random in a batch is drawn from its ``entropy``, if it has any.
         """
-        batches, group = list(batches), world()
+        batches, group, waited = list(batches), world(), state.waited
         self.objective.begin_step(self.model, batches)
         sums, gradients, computed = self.sums(batches, group.rank(), group.size())
-        values = np.array(sums)
+        values, here = np.array(sums), computed
         if group.size() > 1:
             for path, value in trainable(self.model).items():
                 gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
@@ -395,5 +396,7 @@ class Stepper:
             supervised=sum(batch.supervised_tokens for batch in batches),
             tokens=sum(batch.real_tokens for batch in batches),
             computed=int(computed),
+            here=here,
+            waited=state.waited - waited,
             metrics=metrics,
         )

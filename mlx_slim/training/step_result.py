@@ -25,6 +25,8 @@ class StepResult:
         supervised: Σ supervised tokens.
         tokens: Σ real tokens.
         computed: Σ positions computed.
+        here: Of them, those that this rank computed.
+        waited: Seconds that this rank was in collectives (``ranks/state.py``).
         metrics: What the objective reports besides, per token or pair too.
     """
 
@@ -33,6 +35,8 @@ class StepResult:
     supervised: int
     tokens: int
     computed: int
+    here: int
+    waited: float
     metrics: dict[str, float] = field(default_factory=dict)
 
 

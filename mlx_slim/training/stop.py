@@ -8,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_slim.interrupts import SignalFlag
-from mlx_slim.runtime import to_float, world
+from mlx_slim.runtime import all_sum, to_float, world
 
 
 class StopRequest(SignalFlag):
@@ -18,4 +18,4 @@ class StopRequest(SignalFlag):
         """Return whether any rank received a stop signal, the same answer on all."""
         if world().size() == 1:
             return self.requested
-        return to_float(mx.distributed.all_sum(mx.array(int(self.requested)), group=world())) > 0
+        return to_float(all_sum(mx.array(int(self.requested)), "stop")) > 0
