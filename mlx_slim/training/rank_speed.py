@@ -18,6 +18,7 @@ import numpy as np
 from mlx_slim.events import Event, Notice, Observer
 from mlx_slim.ranks.collectives import all_gather
 from mlx_slim.runtime import world
+from mlx_slim.training.step_result import StepResult
 
 SLOWER = 1.5  # times as slow as the rest: what is named
 LEAST_STEPS = 10  # of the run: the first ones compile, and read from disk
@@ -29,7 +30,7 @@ class RanksMeasured(Event):
 
     Attributes:
         step: The last of these steps.
-        tokens_per_second: Of each rank, in the time that it computed.
+        tokens_per_second: Positions (padding included) of each rank, in the time that it computed.
         waiting: Fraction of its time that each rank waited for others, or sent and received.
     """
 
@@ -53,19 +54,19 @@ class RankSpeeds:
         self._steps = 0
         self._named = False
 
-    def step(self, step: int, tokens: int, seconds: float, waited: float, *, report: bool) -> None:
+    def step(self, step: int, result: StepResult, seconds: float, *, report: bool) -> None:
         """Take what this rank measured in a step.
 
         Args:
             step: Its number.
-            tokens: That this rank computed.
+            result: Of it.
             seconds: That it took, collectives included.
-            waited: Seconds in collectives (``ranks/state.py``).
             report: Gather and report the steps so far; the same on all ranks.
         """
         if world().size() == 1:
             return
-        self._here += (tokens, seconds - waited, waited)
+        waited = min(result.waited, seconds)
+        self._here += (result.here, seconds - waited, waited)
         self._steps += 1
         if not report:
             return

@@ -3,8 +3,7 @@
 Invariant: the step's loss is Σ w · NLL / Σ w over the supervised tokens of all micro-batches and
 all ranks (w is 1 unless a row weighs its turns), or Σ loss / pairs, never a mean of means; so
 cutting the same rows into other micro-batches or onto other ranks gives the same gradient up to
-rounding. Nothing is
-updated when the loss is not finite.
+rounding. Nothing is updated when the loss is not finite.
 Legend: B sequences, T positions, N supervised positions, D width.
 """
 
@@ -386,9 +385,7 @@ class Stepper:
             gradients = sum_gradients(gradients)
             *added, computed = sum_numbers(*values.tolist(), computed)
             values = np.array(added)
-        weight = 0.0
-        for batch in batches:
-            weight += self.objective.weight(batch)
+        weight = sum((self.objective.weight(batch) for batch in batches), 0.0)
         loss, metrics = means(self.objective.metrics, values, weight)
         return StepResult(
             loss=loss,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_slim.training.rank_speed import RankSpeeds, slow_rank
+from mlx_slim.training.step_result import StepResult
 from tests.support.runs import Recorder, run_script
 
 RANKS = """
@@ -16,12 +17,15 @@ import json, sys
 from pathlib import Path
 from mlx_slim.runtime import world
 from mlx_slim.training.rank_speed import RankSpeeds
+from mlx_slim.training.step_result import StepResult
 from tests.support.runs import Recorder
 
 recorder = Recorder()
 speeds, rank = RankSpeeds(recorder), world().rank()
 for step in range(1, 15):
-    speeds.step(step, 100, 0.5, 0.0 if rank else 0.4, report=step % 2 == 0)
+    waited = 0.0 if rank else 0.4
+    result = StepResult(1.0, {}, 0, 0, 200, here=100, waited=waited)
+    speeds.step(step, result, 0.5, report=step % 2 == 0)
 records = [event.as_record() for event in recorder.events]
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(records))
 """
@@ -62,5 +66,6 @@ def test_one_rank_measures_nothing() -> None:
     recorder = Recorder()
     speeds = RankSpeeds(recorder)
     for step in range(20):
-        speeds.step(step, 100, 1.0, 0.0, report=True)
+        result = StepResult(1.0, {}, 0, 0, 100, here=100, waited=0.0)
+        speeds.step(step, result, 1.0, report=True)
     assert recorder.events == []
