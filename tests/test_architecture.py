@@ -36,7 +36,7 @@ FLOORS = (
     {"plots"},
     {"data", "models"},
     {"adapters"},
-    {"quantization"},
+    {"quantization", "sharding"},
     {"training", "evaluation", "analyze", "export"},
     {"planner", "serving"},
     {"finetuning"},

@@ -50,7 +50,7 @@ def train_key(recipe: Recipe, weights: list[str], named: JsonObject) -> str:
     values = recipe.model_dump(
         mode="json", exclude={"model", "revision", "memory", "report_to", "report_answers"}
     )
-    for name in ("log_every", "save_every", "keep", "duty", "keep_awake"):
+    for name in ("log_every", "save_every", "keep", "duty", "keep_awake", "shard"):
         del values["train"][name]
     if values.get("distill"):
         del values["distill"]["cache"]

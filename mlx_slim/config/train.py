@@ -79,6 +79,10 @@ class TrainConfig(Section):
         loss_chunk: Supervised positions whose logits exist at one time; None chooses.
         duty: Fraction of the time that the run computes; below 1 it pauses after each step, for
             other programs and for a cooler machine. Results are the same; tokens/s count computing.
+        shard: What a rank holds of the model where there are several: ``full`` is a slice of every
+            tensor, gathered a block at a time (weights, gradients and optimizer state; blocks are
+            computed again in the backward pass), ``none`` all of it; ``auto`` shards where one
+            rank's predicted memory does not fit its budget.
         keep_awake: Prevent the machine's sleep while the run lasts (caffeinate, systemd-inhibit).
     """
 
@@ -116,6 +120,7 @@ class TrainConfig(Section):
     neftune_alpha: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
     loss_chunk: PositiveInt | None = None
     duty: Annotated[float, Field(ge=0.05, le=1)] = 1.0
+    shard: Literal["auto", "none", "full"] = "auto"
     keep_awake: bool = True
 
     @model_validator(mode="after")

@@ -7,19 +7,17 @@ Try it: ``mlx-slim plan smollm2-lora --probe``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim import events
-from mlx_slim.adapters.inject import Injected, inject
+from mlx_slim.adapters.inject import inject
 from mlx_slim.adapters.stack import adapter_folder, combined, parse_adapters, used_folders
 from mlx_slim.adapters.start import read_start, start_from
 from mlx_slim.adapters.variants import learning_rate_scale
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
-from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batcher, Mode, RowStore, choose_mode
 from mlx_slim.data.prepare import Prepared, prepare
 from mlx_slim.data.shapes import SHAPES, VALIDATION_SHAPES
@@ -27,11 +25,13 @@ from mlx_slim.data.shared import shared_fraction
 from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.training_rows import finder
+from mlx_slim.finetuning.prefix_sharing import can_have_prefix_sharing
 from mlx_slim.finetuning.rounds import COMPILED_SHAPES
+from mlx_slim.finetuning.sharding import shards
+from mlx_slim.finetuning.tuned import Tuned
 from mlx_slim.models import structure
 from mlx_slim.models.attention import attention_balance, fused_here, reads_other_blocks
 from mlx_slim.models.load import Loaded, load, read_config
-from mlx_slim.models.prefix_attention import why_not
 from mlx_slim.models.quantized import is_quantized
 from mlx_slim.models.rope import boundary_of
 from mlx_slim.models.row_limits import shortest_limit
@@ -42,7 +42,7 @@ from mlx_slim.planner.shapes import refuse_quantized
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.base import QuantizedBase, load_base, quantized_base, recorded_base
 from mlx_slim.quantization.policy import make_policy
-from mlx_slim.reading import ModelConfig
+from mlx_slim.reading import ModelConfig, short
 from mlx_slim.runtime import (
     default_num_threads,
     dtype_name,
@@ -51,8 +51,8 @@ from mlx_slim.runtime import (
     true_on_all_ranks,
     world,
 )
+from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.adalora import RankBudget
-from mlx_slim.training.callbacks import Callback
 from mlx_slim.training.layer_rates import described, layer_multiples
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.neftune import NoisyEmbeddings
@@ -66,43 +66,21 @@ _WORTH_SHARING = 0.1  # of the time, below which rows that begin alike stay side
 Objectives = Callable[[nn.Module, int | None, int, int], tuple[Objective, Objective | None]]
 
 
-@dataclass
-class Tuned:
-    """A model ready to be tuned.
-
-    Attributes:
-        loaded: As it came from disk; ``loaded.model`` was changed in place.
-        config: Its configuration, with ``quantization`` if it was quantized here.
-        injected: The adapters, or None for full tuning.
-        total: Parameters of the base, counted as dense.
-        base: How the base was quantized here; None if it is the recipe's model as it is stored.
-        callbacks: What else takes part in its training.
-    """
-
-    loaded: Loaded
-    config: ModelConfig
-    injected: Injected | None
-    total: int
-    base: QuantizedBase | None = None
-    callbacks: list[Callback] = field(default_factory=list)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self.loaded.model
-
-
 def started_from(recipe: Recipe) -> list[Path]:
     """Return the adapter folder that ``recipe`` starts from, if it does."""
     init_from = recipe.adapter.init_from
     return [] if init_from is None else [adapter_folder(Path(init_from).expanduser())]
 
 
-def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
+def prepare_base(recipe: Recipe, *, lazy: bool = False) -> tuple[Loaded, QuantizedBase | None]:
     """Load the base of ``recipe``, each layer quantized as it is read where the method wants it.
 
     Adapters below the new one (``adapter.on``), or that it starts from
     (``adapter.init_from``), bring the base that they were trained over.
+
+    Args:
+        recipe: Of the run.
+        lazy: Leave weights and codes unread.
 
     Returns:
         The base, and how it was quantized if the recipe's model is not.
@@ -131,8 +109,11 @@ def prepare_base(recipe: Recipe) -> tuple[Loaded, QuantizedBase | None]:
     dtype = resolve_dtype(recipe.train.dtype)
     revision = recipe.revision
     if quantized is not None:
-        return load(recipe.model, revision=revision, dtype=dtype, transform=fit), quantized
-    loaded = load_base(recipe.model, below, revision=revision, dtype=dtype, transform=fit)
+        kept = {"revision": revision, "dtype": dtype, "lazy": lazy}
+        return load(recipe.model, transform=fit, **kept), quantized
+    loaded = load_base(
+        recipe.model, below, revision=revision, dtype=dtype, transform=fit, lazy=lazy
+    )
     dense = "quantization" not in read_config(recipe.model, recipe.revision)
     return loaded, recorded[1] if recorded is not None and dense else None
 
@@ -165,7 +146,14 @@ def prepare_model(recipe: Recipe) -> Tuned:
     """Return the base of ``recipe`` with its trainable parameters chosen: adapters, or all."""
     from mlx_lm.utils import get_total_parameters
 
-    loaded, base = prepare_base(recipe)
+    sharding = shards(recipe)
+    loaded, base = prepare_base(recipe, lazy=sharding)
+    if sharding and reads_other_blocks(loaded.model):
+        raise SlimError(
+            f"blocks of {loaded.config['model_type']} attend to keys of other blocks: their "
+            "gradient is lost where blocks are computed again",
+            "set train.shard=none",
+        )
     total = get_total_parameters(loaded.model)
     qat = recipe.quantize.qat
     rounds = make_policy(loaded.model, recipe.quantize).chosen if qat else {}
@@ -189,8 +177,13 @@ def prepare_model(recipe: Recipe) -> Tuned:
         )
         for stored in start:
             start_from(loaded.model, stored, recipe.adapter, injected, dora=dora)
+    sharded = None
+    if sharding:
+        again = recipe.train.grad_checkpoint
+        sharded = ShardedModel(loaded.model, world(), short(loaded.path), checkpointed=again)
+        loaded.notes.append(f"sharded among {world().size()} ranks: {sharded.counts}")
     mx.eval(loaded.model.parameters())
-    tuned = Tuned(loaded, loaded.config, injected, total, base)
+    tuned = Tuned(loaded, loaded.config, injected, total, base, sharded)
     if qat:
         stored = stored_dtype(folder_tensors(loaded.path))
         tuned.callbacks.append(FakeQuantizer(loaded.model, rounds, stored))
@@ -250,35 +243,6 @@ def full_logits_notice(config: ModelConfig) -> str:
     return f"{config['model_type']}: body and head do not split; full logits are computed"
 
 
-def _can_have_prefix_sharing(
-    config: TrainConfig,
-    model: nn.Module,
-    longest: int,
-    mode: str,
-    compiled: bool,
-    dropout: float,
-    observer: events.Observer,
-) -> bool:
-    """Return whether micro-batches can share what rows begin with; say why they cannot.
-
-    ``dropout`` of the adapters would draw one mask for what is shared: only where it is demanded.
-    """
-    if config.prefix_sharing is False or (config.prefix_sharing == "auto" and dropout > 0):
-        return False
-    if compiled or mode == "packed":
-        if config.prefix_sharing is True:
-            where = "a compiled step" if compiled else "packed sequences"
-            text = f"train.prefix_sharing=true has no effect in {where}"
-            observer.notify(events.Notice(text, level="warning"))
-        return False
-    noisy = "each row has noise of its own (train.neftune_alpha)" if config.neftune_alpha else ""
-    reason = noisy or why_not(model, longest)
-    if reason:
-        text = f"rows that begin alike are computed one by one: {reason}"
-        observer.notify(events.Notice(text))
-    return not reason
-
-
 def build_loop(
     recipe: Recipe,
     tuned: Tuned,
@@ -307,14 +271,16 @@ def build_loop(
         )
     if limit is not None and recipe.has_rounds:
         limit -= COMPILED_SHAPES
-    if config.grad_checkpoint and reads_other_blocks(model):
+    if config.grad_checkpoint and tuned.sharded is None and reads_other_blocks(model):
         raise SlimError(
             f"blocks of {tuned.config['model_type']} attend to keys of other blocks: their "
             "gradient is lost by checkpointing",
             "set train.grad_checkpoint=false",
         )
     mode = config.batching if recipe.preference is None else "grouped"
-    if mode != "grouped" and not structure.supports_packing(model):
+    with tuned.computable():
+        packs = mode == "grouped" or structure.supports_packing(model)
+    if not packs:
         if mode == "packed":
             raise SlimError(
                 f"rows packed into one sequence do not stay apart in {tuned.config['model_type']}",
@@ -328,7 +294,8 @@ def build_loop(
     train_rows, validation_rows, unit = data.train_view, data.validation_view, data.unit
 
     def cheaper(rows: RowStore, limit: int | None, shared: float = 1.0) -> Mode:
-        balance = attention_balance(model, length, gpu=on_gpu(), fused=fused_here())
+        with tuned.shaped():
+            balance = attention_balance(model, length, gpu=on_gpu(), fused=fused_here())
         sizes = config.batch_tokens, length, config.seed
         masked = balance.masked
         return choose_mode(
@@ -340,7 +307,8 @@ def build_loop(
     if compiled and validation_rows and mode != "grouped":
         validation_mode = cheaper(validation_rows, validation_limit)
     dropout = 0.0 if recipe.method == "full" else recipe.adapter.dropout
-    sharing = _can_have_prefix_sharing(config, model, length, mode, compiled, dropout, observer)
+    with tuned.computable():
+        sharing = can_have_prefix_sharing(config, model, length, mode, compiled, dropout, observer)
     shared = 1.0
     if sharing:
         sizes = config.batch_tokens, length
@@ -355,7 +323,10 @@ def build_loop(
     # Each chunk has separate gradients: cheap for adapters, a second model for full tuning.
     num_threads = 1 if recipe.trains_weights or compiled else fewest(default_num_threads())
     vocabulary = tuned.config.get("vocab_size", 8)
-    objective, validation_objective = objectives(model, config.loss_chunk, vocabulary, num_threads)
+    with tuned.computable():
+        objective, validation_objective = objectives(
+            model, config.loss_chunk, vocabulary, num_threads
+        )
     if isinstance(objective, CrossEntropy) and objective.split is None:
         observer.notify(events.Notice(full_logits_notice(tuned.config), level="warning"))
 
@@ -390,4 +361,5 @@ def build_loop(
         num_threads=num_threads,
         prefix_sharing=sharing and mode == "grouped",
         callbacks=tuned.callbacks,
+        sharded=tuned.sharded,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
-from mlx_slim.artifacts import SCHEMA_VERSION, provenance, write_json
+from mlx_slim.artifacts import write_json
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.ledger import notes
@@ -45,6 +45,8 @@ from mlx_slim.finetuning.run_dir import (
     run_dir,
     state_record,
 )
+from mlx_slim.finetuning.run_record import run_record
+from mlx_slim.finetuning.sharding import resolve as resolve_sharding
 from mlx_slim.finetuning.strategy import (
     Student,
     TargetGeneration,
@@ -61,20 +63,16 @@ from mlx_slim.planner.memory import Prediction
 from mlx_slim.planner.suggest import changed
 from mlx_slim.power import keep_awake
 from mlx_slim.progress import stage
-from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
-    dtype_name,
     from_first_rank,
     memory_budget,
     memory_limits,
-    resolve_dtype,
     world,
 )
 from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
-from mlx_slim.training.optim import Extended, trainable
 
 
 def finetune(
@@ -136,7 +134,8 @@ def _run(
     if first and newest is None and not (out / RECORD).exists():
         metrics.clear()
     strategy.check(recipe)
-    check_loading(recipe, strategy.student.expect(recipe), budget)
+    recipe, expected = resolve_sharding(recipe, strategy.student.expect, budget, listeners)
+    check_loading(recipe, expected, budget)
     built = _build(recipe, strategy, out, listeners, budget, unchanged=started)
     resume_plan = ResumePlan(None)
     if started:
@@ -189,7 +188,7 @@ def _run(
             listeners.notify(
                 events.Predicted(prediction.predicted_peak_bytes, prediction.breakdown)
             )
-            if first:
+            if first and tuned.sharded is None:
                 count = recipe.report_answers
                 peak = mx.get_peak_memory()
                 model = strategy.student.responder(tuned.model)
@@ -224,7 +223,7 @@ def _run(
         done=done,
         model=recipe.model,
         artifact=artifact,
-        trainable=sum(value.size for value in trainable(tuned.model).values()),
+        trainable=tuned.trainable_count(),
         total=tuned.total,
         predicted_peak_bytes=built.prediction.predicted_peak_bytes,
         ledger=built.data.ledger,
@@ -236,15 +235,19 @@ def _run(
         strategy.scorer.close()
     gc.collect()
     mx.clear_cache()
-    if world().rank() == 0:
+    if first or tuned.sharded is not None:  # whose slices are on all ranks
         _best_weights(tuned, result)
         with stage(f"saving {result.artifact}"):
             strategy.student.save(recipe, tuned, out)
-        with stage(f"loading {result.artifact} again and comparing"):
-            again = _verify(recipe, strategy.student, tuned, result)
-        record = _record(resolved, strategy, result, budget, resume_plan.extended)
+    if first:
+        again = None
+        if tuned.sharded is None:
+            with stage(f"loading {result.artifact} again and comparing"):
+                again = _verify(recipe, strategy.student, tuned, result)
+        record = run_record(resolved, strategy, result, budget, resume_plan.extended)
         try:
-            answer_after(out, strategy.student.responder(again), tokenizer, validation, budget)
+            if again is not None:  # of a sharded run, no rank could load it
+                answer_after(out, strategy.student.responder(again), tokenizer, validation, budget)
             write_page(out, record)
         except ResourceError:
             raise
@@ -337,7 +340,7 @@ def _best_weights(tuned: Tuned, result: Result) -> None:
     done = result.done
     if done.result_step not in (None, done.step):
         best = rotation.path_of(result.out / "checkpoints", done.result_step)
-        checkpoint.load_weights(best, tuned.model)
+        checkpoint.load_weights(best, tuned.model, tuned.sharded)
 
 
 def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> nn.Module:
@@ -363,37 +366,3 @@ def _verify(recipe: Recipe, student: Student, tuned: Tuned, result: Result) -> n
             "this is a bug: please report it with run.json",
         )
     return again
-
-
-def _record(
-    resolved: Resolved,
-    strategy: TrainingStrategy,
-    result: Result,
-    budget: int,
-    extended: Extended | None,
-) -> JsonObject:
-    """Return ``run.json``."""
-    files = [p for p in (result.out / result.artifact).rglob("*") if p.is_file()]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": "complete",
-        "recipe": resolved.recipe.model_dump(mode="json"),
-        "origins": resolved.origins,
-        "dtype": dtype_name(resolve_dtype(resolved.recipe.train.dtype)),
-        "provenance": provenance(),
-        "ranks": world().size(),
-        "budget_bytes": budget,
-        "artifact_bytes": sum(path.stat().st_size for path in files),
-        **({"extended": asdict(extended)} if extended else {}),
-        **strategy.record(),
-        "result": {
-            "done": asdict(result.done),
-            "model": result.model,
-            "artifact": result.artifact,
-            "trainable": result.trainable,
-            "total": result.total,
-            "predicted_peak_bytes": result.predicted_peak_bytes,
-            "on": result.on,
-            "base": result.base,
-        },
-    }

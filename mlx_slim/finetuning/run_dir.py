@@ -64,6 +64,7 @@ FREE_ON_RESUME = (
     "train.keep",
     "train.duty",
     "train.keep_awake",
+    "train.shard",
 )
 # These may grow: the run then takes more steps (``finetune.py``).
 _LENGTH = ("train.steps", "train.epochs")

@@ -26,16 +26,15 @@ from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, from_rows, prepare_data, prepare_model
 from mlx_slim.finetuning.qat_save import save_quantized
 from mlx_slim.finetuning.rounds import RoundScorer
+from mlx_slim.finetuning.sharded_save import base_folder, save_sharded
 from mlx_slim.models.lineage import carry
 from mlx_slim.models.load import load, read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.quantization.base import as_record, load_base
 from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.runtime import resolve_dtype
+from mlx_slim.runtime import resolve_dtype, world
 from mlx_slim.training.step import Objective
-
-BASE = "base"
 
 
 class Student(Protocol):
@@ -158,11 +157,13 @@ class SingleModel:
 
     def expect(self, recipe: Recipe) -> Prediction:
         """Return the cost of training without looking at rows."""
-        return predict(read_config(recipe.model, recipe.revision), recipe)
+        config = read_config(recipe.model, recipe.revision)
+        return predict(config, recipe, ranks=world().size())
 
     def predict(self, recipe: Recipe, tuned: Tuned, lengths: Sequence[int]) -> Prediction:
         """Return the cost of training on rows of these lengths, in tokens."""
-        return predict(planned_config(recipe, tuned), recipe, lengths=lengths)
+        config = planned_config(recipe, tuned)
+        return predict(config, recipe, lengths=lengths, ranks=world().size())
 
     def artifact(self, recipe: Recipe, tuned: Tuned) -> str:
         """Return ``model`` or ``adapters``."""
@@ -170,6 +171,9 @@ class SingleModel:
 
     def save(self, recipe: Recipe, tuned: Tuned, out: Path) -> None:
         """Write what was trained; of a quantization-aware run the adapters too."""
+        if tuned.sharded is not None:
+            save_sharded(recipe, tuned, out / self.artifact(recipe, tuned))
+            return
         if tuned.injected is not None or not recipe.quantize.qat:
             folder = "model" if tuned.injected is None else "adapters"
             save_tuned(recipe, tuned, tuned.model, out / folder)
@@ -245,11 +249,6 @@ def planned_config(recipe: Recipe, tuned: Tuned) -> ModelConfig:
     if recipe.method == "qlora":
         return read_config(recipe.model, recipe.revision)
     return tuned.config
-
-
-def base_folder(target: Path) -> Path:
-    """Return where a run keeps the quantized base of the adapters in ``target``."""
-    return target.with_name(BASE if target.name == "adapters" else f"{target.name}-{BASE}")
 
 
 def save_tuned(recipe: Recipe, tuned: Tuned, model: nn.Module, target: Path) -> None:

@@ -9,11 +9,13 @@ Legend: B sequences, T positions. Try it: ``python -m pytest tests/models/test_d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import mlx.core as mx
 
 _keys: list[mx.array] = []
+_again: list[tuple[list[mx.array], Iterator[mx.array] | None]] = []
 _rows: list[tuple[mx.array, int, int]] = []
 
 
@@ -36,11 +38,38 @@ def dropout_from(key: mx.array) -> Iterator[None]:
         _keys.pop()
 
 
-def dropout_mask(keep: float, shape: tuple[int, ...]) -> mx.array:
-    """Return booleans of ``shape``, true with probability ``keep``."""
-    key = None
+@contextlib.contextmanager
+def dropout_again(keys: list[mx.array]) -> Iterator[None]:
+    """Draw masks from the global state the first time, with the same ``keys`` the same ones again.
+
+    Args:
+        keys: Empty the first time; filled with what the masks were drawn from.
+    """
+    _again.append((keys, iter(list(keys)) if keys else None))
+    try:
+        yield
+    finally:
+        _again.pop()
+
+
+def _drawn_key() -> mx.array | None:
+    """Return the key of the next mask; None draws it from the global state."""
     if _keys:
         key, _keys[-1] = mx.random.split(_keys[-1])
+        return key
+    if not _again:
+        return None
+    keys, replayed = _again[-1]
+    if replayed is not None:
+        return next(replayed)
+    state = cast(Sequence[mx.array], mx.random.state)[0]
+    keys.append(mx.stop_gradient(mx.random.split(state)[1]))  # which MLX takes now
+    return None
+
+
+def dropout_mask(keep: float, shape: tuple[int, ...]) -> mx.array:
+    """Return booleans of ``shape``, true with probability ``keep``."""
+    key = _drawn_key()
     return drawn(lambda shape: mx.random.bernoulli(keep, shape, key=key), shape)
 
 

@@ -115,6 +115,7 @@ def load(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
     transform: Transform | None = None,
+    lazy: bool = False,
 ) -> Loaded:
     """Load an MLX or Hugging Face folder, or a hub id.
 
@@ -125,6 +126,7 @@ def load(
             the whole model computes in one dtype; None keeps what is stored.
         trust_remote_code: Run Python files that the repository brings.
         transform: Changes the model before its weights are read, and returns its config.
+        lazy: Leave the weights unread; whoever reads them looks for NaN.
 
     Raises:
         SlimError: If the source is absent, incomplete or corrupt, its type unknown, or its tensors
@@ -140,7 +142,8 @@ def load(
             use_fast_gated_delta(model)
             if transform is not None:
                 config = transform(model, config)
-            read_weights(model, short(folder))
+            if not lazy:
+                read_weights(model, short(folder))
             mx.eval(constants(model))
     with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
         model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated

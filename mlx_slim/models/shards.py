@@ -93,7 +93,7 @@ def open_shards(folder: Path, model: nn.Module) -> Iterator[Shards]:
             several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             name = f"model{several}.safetensors"
             file = stack.enter_context((folder / name).open("wb"))
-            header, begins = _layout(shard)
+            header, begins = file_layout(shard)
             file.write(header)
             places |= {key: (file, begins[key], value) for key, value in shard.items()}
             file_of |= dict.fromkeys(shard, name)
@@ -108,7 +108,7 @@ def open_shards(folder: Path, model: nn.Module) -> Iterator[Shards]:
     (folder / INDEX).write_text(json.dumps(index, indent=4))
 
 
-def _layout(shard: dict[str, mx.array]) -> tuple[bytes, dict[str, int]]:
+def file_layout(shard: dict[str, mx.array]) -> tuple[bytes, dict[str, int]]:
     """Return the header of a file, and the first byte of each tensor in it.
 
     Wide dtypes come first, so that each tensor is aligned to its own.

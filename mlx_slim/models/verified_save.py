@@ -137,13 +137,23 @@ def _write_unread(
     return shards.hashes, walk.answers()
 
 
-def _same(out: Path, folder: Path, hashes: dict[str, str], expected: mx.array) -> None:
-    """Raise unless ``folder`` holds what was written, and computes ``expected`` of the probe."""
+def differing_tensors(folder: Path, hashes: dict[str, str]) -> set[str]:
+    """Return the tensors of a model folder that are not those of ``hashes``, read one at a time.
+
+    Raises:
+        SlimError: If names or shapes are not those of its config.
+    """
     tensors = tensors_of(lambda: open_weights(folder)[0])
     differing = hashes.keys() ^ tensors.keys()
     for name in sorted(hashes.keys() & tensors.keys()):
         if hash_bytes(raw_bytes(tensors.pop(name))) != hashes[name]:  # pyright: ignore
             differing.add(name)
+    return set(differing)
+
+
+def _same(out: Path, folder: Path, hashes: dict[str, str], expected: mx.array) -> None:
+    """Raise unless ``folder`` holds what was written, and computes ``expected`` of the probe."""
+    differing = differing_tensors(folder, hashes)
     weights = unread(folder, dtype=compute_dtype()).open
     probe_1T = mx.arange(_PROBE)[None]
     logits = Walk(weights, [probe_1T], short(folder)).to_the_end("reading back")(probe_1T)

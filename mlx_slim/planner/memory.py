@@ -22,7 +22,8 @@ from mlx_slim.models.build import build
 from mlx_slim.planner.drawing import drawing_bytes, with_answers
 from mlx_slim.planner.peak import breakdown
 from mlx_slim.planner.shapes import TrainingShapes, leaves, to_dtype, training_shapes
-from mlx_slim.planner.suggest import Suggestion, suggestions
+from mlx_slim.planner.sharded import among_ranks, loading_bytes
+from mlx_slim.planner.suggest import Suggestion, changed, suggestions
 from mlx_slim.planner.time import Machine, Range, estimate
 from mlx_slim.planner.work import (
     Operations,
@@ -141,6 +142,7 @@ def predict(
     work: TrainingWork | None = None,
     local: bool = True,
     suggest: bool = True,
+    ranks: int = 1,
 ) -> Prediction:
     """Predict the cost of ``recipe`` with the model of ``config``.
 
@@ -157,6 +159,7 @@ def predict(
         work: Tokens of the run; None estimates them from the recipe's rows, if they can be read.
         local: Read the rows on this machine; else the hub's are meant.
         suggest: Look for cheaper settings.
+        ranks: Of the run: what ``train.shard=full`` cuts the model among.
 
     Raises:
         SlimError: If the model cannot be built or a target matches nothing.
@@ -184,10 +187,20 @@ def predict(
     def breakdown_of(recipe: Recipe) -> dict[str, int]:
         shapes, size = shapes_of(recipe), _dtype(recipe, gpu).size
         device = gpu, gpu_bytes, is_fused(recipe)
+        loading = loading_of(recipe)
+        if recipe.train.shard == "full" and ranks > 1:
+            again = changed(recipe, {"train.grad_checkpoint": True})  # as sharded blocks are
+            by_kind = breakdown(shapes, again, size, lengths, *device)
+            return _largest(shapes, among_ranks(by_kind, shapes, recipe, ranks), 0, loading)
         training = breakdown(shapes, recipe, size, lengths, *device)
         room = limit - training["weights"] - training["optimizer"]
         drawing = drawing_bytes(config, recipe, size, lengths, max(0, room))
-        return _largest(shapes, training, drawing)
+        return _largest(shapes, training, drawing, loading)
+
+    def loading_of(recipe: Recipe) -> int:
+        shapes = shapes_of(recipe)
+        sharded = recipe.train.shard == "full" and ranks > 1
+        return loading_bytes(shapes, ranks) if sharded else shapes.loading_bytes
 
     def operations_of(recipe: Recipe) -> Operations:
         tokens = work or TrainingWork(1 << 20, 1 << 20, recipe.train.max_length, "")
@@ -210,7 +223,7 @@ def predict(
     peak, run = sum(by_kind.values()), operations_of(recipe)
     return Prediction(
         predicted_peak_bytes=peak,
-        loading_peak_bytes=shapes.loading_bytes,
+        loading_peak_bytes=loading_of(recipe),
         budget_bytes=limit,
         fits=peak <= limit,
         predicted_seconds=(
@@ -233,14 +246,16 @@ def predict(
     )
 
 
-def _largest(shapes: TrainingShapes, training: dict[str, int], drawing: int) -> dict[str, int]:
+def _largest(
+    shapes: TrainingShapes, training: dict[str, int], drawing: int, loading: int
+) -> dict[str, int]:
     """Return the breakdown of the largest peak: of training, of drawing answers, or of loading."""
     answering = {**training, "gradients": 0, "activations": 0, "logits": 0, "answers": drawing}
     training = max({**training, "answers": 0}, answering, key=lambda kinds: sum(kinds.values()))
-    if shapes.loading_bytes <= sum(training.values()):
+    if loading <= sum(training.values()):
         return {**training, "loading": 0}
     more = shapes.loading_bytes - shapes.base_bytes
-    return {**dict.fromkeys(training, 0), "weights": shapes.base_bytes, "loading": more}
+    return {**dict.fromkeys(training, 0), "weights": loading - more, "loading": more}
 
 
 def _has_prefix_sharing(recipe: Recipe) -> bool:

@@ -133,6 +133,7 @@ def load_base(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
     transform: Transform | None = None,
+    lazy: bool = False,
 ) -> Loaded:
     """Load ``source`` as the base of ``adapters``, which are not put on it.
 
@@ -146,6 +147,7 @@ def load_base(
         dtype: As ``load`` takes it.
         trust_remote_code: Run Python files that the repository brings.
         transform: As ``load`` takes it, where ``source`` itself is loaded.
+        lazy: Likewise.
 
     Raises:
         SlimError: As ``load``; if the adapters name different bases.
@@ -158,6 +160,7 @@ def load_base(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             transform=transform,
+            lazy=lazy,
         )
     if isinstance(computed, Path):
         loaded = load(computed, dtype=dtype)

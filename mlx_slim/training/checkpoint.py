@@ -19,11 +19,16 @@ import mlx.nn as nn
 from mlx_slim.artifacts import atomic_folder, load_tensors, save_tensors, write_json
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, field, read_object, short
+from mlx_slim.runtime import all_gather_bytes
+from mlx_slim.sharding.files import read_slices, receive_slices, write_whole
+from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.callbacks import Callback, CallbackState, collect_states, restore_states
 from mlx_slim.training.legacy import is_legacy, upgrade_arrays, upgrade_state
 from mlx_slim.training.optim import Optimizer, set_trainable, trainable
 from mlx_slim.training.rotation import CALLBACK_ARRAYS, OLD_ARRAYS, STATE, path_of
 from mlx_slim.training.state import CALLBACKS, TrainState, read_state
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 def save(
@@ -32,8 +37,11 @@ def save(
     model: nn.Module,
     optimizer: Optimizer,
     callbacks: Sequence[Callback] = (),
+    sharded: ShardedModel | None = None,
 ) -> Path:
     """Write the checkpoint of ``state`` under ``folder`` and return its path.
+
+    Of a ``sharded`` model every rank calls it, and rank 0 writes: whole tensors, one at a time.
 
     Raises:
         ResourceError: If the disk is full; older checkpoints stay.
@@ -44,29 +52,50 @@ def save(
         f"{name}/{key}": array for name, one in states.items() for key, array in one.arrays.items()
     }
     values = {name: one.values for name, one in states.items()}
+    tensors = {WEIGHTS: trainable(model), OPTIMIZER: optimizer.state()}
+    if sharded is not None and sharded.collectives.rank > 0:
+        for each in tensors.values():
+            write_whole(None, each, sharded)
+        return target
     with atomic_folder(target, replace=True) as temporary:
-        save_tensors(temporary / "weights.safetensors", trainable(model))
-        save_tensors(temporary / "optimizer.safetensors", optimizer.state())
+        for name, each in tensors.items():
+            if sharded is None:
+                save_tensors(temporary / name, each)
+            else:
+                write_whole(temporary / name, each, sharded)
         if arrays:
             save_tensors(temporary / CALLBACK_ARRAYS, arrays)
         write_json(temporary / STATE, {**asdict(state), CALLBACKS: values})
     return target
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Put the trainable weights of the checkpoint at ``path`` into ``model``.
+def load_weights(path: Path, model: nn.Module, sharded: ShardedModel | None = None) -> None:
+    """Put the trainable weights of the checkpoint at ``path`` into ``model``, or its slices.
+
+    Ranks of a ``sharded`` model that do not have the file get theirs from rank 0.
 
     Raises:
         SlimError: If names or shapes are not those of the model.
     """
-    values = load_tensors(path / "weights.safetensors")
-    expected = {name: value.shape for name, value in trainable(model).items()}
+    mine = trainable(model)
+    if sharded is not None:
+        here = (path / WEIGHTS).exists()
+        if b"0" in all_gather_bytes(b"1" if here else b"0"):
+            set_trainable(model, receive_slices(path / WEIGHTS, mine, sharded))
+            return
+    values = load_tensors(path / WEIGHTS)
+    expected = {
+        name: value.shape if sharded is None else sharded.layout[name].shape
+        for name, value in mine.items()
+    }
     if {name: value.shape for name, value in values.items()} != expected:
         raise SlimError(
             f"{path} was made for other trainable weights "
             f"({len(values)} tensors, this recipe trains {len(expected)})",
             "resume with the recipe that started the run",
         )
+    if sharded is not None:
+        values = read_slices(values, mine, sharded)
     set_trainable(model, values)
     mx.eval(model.parameters())
 
@@ -110,16 +139,25 @@ def _by_callback(
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: Optimizer, callbacks: Sequence[Callback] = ()
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    callbacks: Sequence[Callback] = (),
+    sharded: ShardedModel | None = None,
 ) -> TrainState:
     """Put the checkpoint at ``path`` back and return its train state.
+
+    A ``sharded`` model takes its slices: a checkpoint is whole, whatever number of ranks wrote it.
 
     Raises:
         SlimError: If it belongs to another model, optimizer or recipe.
     """
-    load_weights(path, model)
+    load_weights(path, model, sharded)
     try:
-        optimizer.load_state(load_tensors(path / "optimizer.safetensors"))
+        moments = load_tensors(path / OPTIMIZER)
+        if sharded is not None:
+            moments = read_slices(moments, optimizer.state(), sharded)
+        optimizer.load_state(moments)
     except KeyError as error:
         raise SlimError(
             f"{path} was made with another optimizer: {error} is in only one of the two",

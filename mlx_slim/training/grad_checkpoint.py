@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.models.dropout import draw_key, dropout_from
+from mlx_slim.sharding.model import is_sharded
 
 
 def _checkpointed_class(original: type) -> type:
@@ -41,9 +42,9 @@ def _checkpointed_class(original: type) -> type:
 
 @contextlib.contextmanager
 def checkpointed(blocks: list[nn.Module], enabled: bool = True) -> Iterator[None]:
-    """Recompute ``blocks`` in the backward pass while the context is open."""
+    """Recompute ``blocks`` in the backward pass inside; sharded ones always are."""
     originals = [type(block) for block in blocks]
-    if enabled:
+    if enabled and not any(map(is_sharded, blocks)):
         classes = {original: _checkpointed_class(original) for original in set(originals)}
         for block in blocks:
             block.__class__ = classes[type(block)]

@@ -23,6 +23,7 @@ from mlx_slim.data.plans import Plan
 from mlx_slim.errors import DivergedError
 from mlx_slim.progress import stage
 from mlx_slim.runtime import to_float, world
+from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.callbacks import (
     Action,
@@ -37,12 +38,13 @@ from mlx_slim.training.callbacks import (
 )
 from mlx_slim.training.duty import pause
 from mlx_slim.training.extension import newest, reopen, steps_before_decay
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import Extended, Optimizer, gradient_norm, schedule
 from mlx_slim.training.rank_speed import RankSpeeds
 from mlx_slim.training.ranks import number_of_ranks
 from mlx_slim.training.rounds import Begun, Rounds
 from mlx_slim.training.state import TrainState, read_state
-from mlx_slim.training.step import Objective, Stepper
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.step_plan import next_plans, planned_steps, total_steps
 from mlx_slim.training.step_result import StepResult
 from mlx_slim.training.stop import StopRequest
@@ -66,7 +68,7 @@ class Loop:
         budget_bytes: Memory budget, reported with the start.
         compiled: Fuse the step with ``mx.compile``.
         num_threads: Threads that compute chunks of a micro-batch on a CPU.
-        prefix_sharing: As ``Stepper``.
+        prefix_sharing, sharded: As ``Stepper``.
         callbacks: What else takes part (``training/callbacks.py``).
         extended: How the run began, if it was given more steps later (``extend``).
         rounds: Rows that the model writes (``training/rounds.py``), or None.
@@ -88,6 +90,7 @@ class Loop:
     callbacks: Sequence[Callback] = ()
     extended: Extended | None = None
     rounds: Rounds | None = None
+    sharded: ShardedModel | None = None
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
@@ -97,12 +100,8 @@ class Loop:
         self._monitors = [one for one in self.callbacks if isinstance(one, Monitor)]
         self._metric = next((m for m in self.callbacks if isinstance(m, ValidationMetric)), None)
         self._update_hooks = [one for one in self.callbacks if isinstance(one, UpdateHook)]
-        captured = [
-            module
-            for one in self.callbacks
-            if isinstance(one, ForwardHook)
-            for module in one.captured()
-        ]
+        hooks = [one for one in self.callbacks if isinstance(one, ForwardHook)]
+        captured = [module for one in hooks for module in one.captured()]
         self.stepper = Stepper(
             self.model,
             self.objective,
@@ -110,12 +109,14 @@ class Loop:
             num_threads=self.num_threads,
             captured=captured,
             prefix_sharing=self.prefix_sharing,
+            sharded=self.sharded,
         )
         self.scorer = LossScorer(
             self.model,
             self.validation_objective or self.objective,
             compiled=self.compiled,
             captured=captured,
+            sharded=self.sharded,
         )
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.extend(self.extended)
@@ -154,7 +155,8 @@ class Loop:
 
     def resume(self, path: Path, *, report: bool = True) -> None:
         """Continue from the checkpoint at ``path``; ``report`` it."""
-        self.state = checkpoint.load(path, self.model, self.optimizer, self.callbacks)
+        tuned = self.model, self.optimizer, self.callbacks, self.sharded
+        self.state = checkpoint.load(path, *tuned)
         reopen(self.state, self._monitors, self.config, self.total)
         if world().rank() == 0:
             rotation.remove_after(self.checkpoints, self.state.step)
@@ -285,7 +287,7 @@ class Loop:
         gradients = result.gradients
         for hook in self._update_hooks:
             gradients = hook.gradients(gradients)
-        norm = to_float(gradient_norm(gradients))
+        norm = to_float((self.sharded.norm if self.sharded else gradient_norm)(gradients))
         if not (math.isfinite(result.loss) and math.isfinite(norm)):
             newest = rotation.latest(self.checkpoints)
             raise DivergedError(
@@ -375,16 +377,16 @@ class Loop:
         return best
 
     def _save(self) -> None:
-        """Write a checkpoint on rank 0."""
+        """Write a checkpoint on rank 0, from the slices of all if the model is sharded."""
         self.state.total = self.total
         self.state.required = sorted(self._required())
+        if world().rank() > 0 and self.sharded is None:
+            return
+        tuned = self.model, self.optimizer, self.callbacks, self.sharded
+        path = checkpoint.save(self.checkpoints, self.state, *tuned)
         if world().rank() == 0:
-            path = checkpoint.save(
-                self.checkpoints, self.state, self.model, self.optimizer, self.callbacks
-            )
             self._rotate()
-            name = f"{path.parent.name}/{path.name}"
-            self.observer.notify(events.Saved(self.state.step, name))
+            self.observer.notify(events.Saved(self.state.step, f"{path.parent.name}/{path.name}"))
 
     def _required(self) -> set[int]:
         """Return the steps of the checkpoints that may become the result."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,9 +30,12 @@ from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.ranks.state import state
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
+from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
+from mlx_slim.training.objective import Arrays, Objective
 from mlx_slim.training.optim import set_trainable, trainable
+from mlx_slim.training.parts import IDLE, Part, in_step
 from mlx_slim.training.ranks import random_unit, sum_gradients, sum_numbers
 from mlx_slim.training.step_result import StepResult, means
 
@@ -43,46 +48,6 @@ def part_count(num_threads: int, tokens: int) -> int:
     Two shards a thread, where they are worth it: then half of the batch is in memory at a time.
     """
     return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
-
-
-# What is computed at a time: of a micro-batch, with the seed of what it draws, if it has its own.
-Part = tuple[Batch, int | None]
-# The arrays of a batch, in the order of the objective; None where a batch has no such array.
-Arrays = tuple[Any, ...]
-
-
-class Objective(Protocol):
-    """What a loop minimises: Σ loss of a batch, in nats, over Σ ``weight`` of the step's batches.
-
-    Attributes:
-        metrics: Names of what it reports besides the loss, sums of the same kind.
-    """
-
-    metrics: tuple[str, ...]
-
-    def arrays(self, batch: Batch) -> Arrays:
-        """Return what the loss of ``batch`` needs: ``batch_arrays``, and a teacher's after them."""
-        ...
-
-    def weight(self, batch: Batch) -> float:
-        """Return what ``batch`` counts: its supervised tokens, or its pairs of answers."""
-        ...
-
-    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Measure what the loss of each batch needs of all; called by all ranks, before ``arrays``.
-
-        Args:
-            model: In the mode of what follows.
-            batches: Of the step, or of a validation: those of all ranks.
-        """
-        ...
-
-    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
-        """Return float32: a scalar, or with ``metrics`` a vector of the loss and them.
-
-        Only the loss is differentiated; ``gradient`` says whether it will be.
-        """
-        ...
 
 
 class CrossEntropy:
@@ -225,6 +190,7 @@ class Stepper:
         captured: Modules whose frozen arrays change between steps: inputs of a compiled step.
         prefix_sharing: Whether rows of a micro-batch share their beginnings where that is quicker;
             not in a compiled step, where each prefix tree would be a trace of its own.
+        sharded: What ``model`` has slices of, if each rank does: its gradients come summed.
 
     Attributes:
         num_threads: As given; 1 in a compiled step.
@@ -240,8 +206,10 @@ class Stepper:
         num_threads: int = 1,
         captured: Sequence[dict] = (),
         prefix_sharing: bool = False,
+        sharded: ShardedModel | None = None,
     ) -> None:
         self.model = model
+        self._sharded = sharded
         self.objective = objective
         self._prefix_sharing = prefix_sharing and not compiled
         self.num_threads = 1 if compiled else num_threads
@@ -254,7 +222,11 @@ class Stepper:
             *arrays: Any,
         ) -> tuple[mx.array, mx.array]:
             set_trainable(model, parameters)
-            sums = objective(model, arrays, gradient=True)
+            if sharded is None:
+                sums = objective(model, arrays, gradient=True)
+            else:
+                sharded.gather_trained()
+                sums = objective(model, arrays[:-1], gradient=True) * arrays[-1]
             return (sums[0] if sums.ndim else sums), sums
 
         differentiate = mx.value_and_grad(loss)
@@ -288,28 +260,31 @@ class Stepper:
         """Return what is computed of a micro-batch at a time."""
         shards = self.shards(batch, part_count(self.num_threads, batch.computed_tokens))
         if len(shards) == 1:
-            return [(shards[0], None)]
+            return [Part(shards[0])]
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        return [(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
+        return [Part(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
 
     def _parts_of_rank(self, batch: Batch, rank: int, ranks: int) -> list[Part]:
         """Return those of one of the ranks that compute a micro-batch side by side."""
         parts = self._parts(batch)
         if len(parts) > 1:
             return parts[rank::ranks]
-        listed = parts[0][0].nodes is not None
+        listed = parts[0].batch.nodes is not None
         if self.random_unit == "micro-batch" or (listed and self.random_unit == "row"):
             return parts if rank == 0 else []
         rows = rows_of_rank(batch, rank, ranks, fixed=self._compiled)
-        return [] if rows is None else [(self.shards(rows, 1)[0], None)]
+        return [] if rows is None else [Part(self.shards(rows, 1)[0])]
 
     def _compute(self, parts: list[Part]) -> tuple[mx.array, dict[str, mx.array]]:
-        if len(parts) == 1 and parts[0][1] is None:
-            return self._part(*parts[0])
+        if len(parts) == 1 and parts[0].seed is None:
+            return self._part(parts[0])
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
-        with blas.single_threaded(), sharing():
-            results = run_in_threads(self._part, parts, self.num_threads)
+        if self._sharded is not None:  # collectives of two threads would mix
+            results = [self._part(part) for part in parts]
+        else:
+            with blas.single_threaded(), sharing():
+                results = run_in_threads(self._part, [(p,) for p in parts], self.num_threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums
@@ -317,15 +292,24 @@ class Stepper:
         mx.eval(sums, gradients)
         return sums, gradients
 
-    def _part(self, batch: Batch, seed: int | None) -> tuple[mx.array, dict[str, mx.array]]:
+    def _part(self, part: Part) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
+        if self._sharded is not None:
+            with self._sharded.outside_blocks(trained=False):
+                return self._evaluated(part)
+        return self._evaluated(part)
+
+    def _evaluated(self, part: Part) -> tuple[mx.array, dict[str, mx.array]]:
+        batch = part.batch
         with self._building:  # building writes parameters into the model of all threads
-            if seed is not None:
-                mx.random.seed(seed)
+            if part.seed is not None:
+                mx.random.seed(part.seed)
             parameters = trainable(self.model)
             arrays, rows = self.objective.arrays(batch), None
             if batch.drawn is not None:
                 rows = (mx.array(batch.drawn.rows_B), batch.drawn.batch, batch.drawn.width)
+            if self._sharded is not None:
+                arrays = (*arrays, mx.array(part.factor))
             with prefix_attention(batch.nodes):
                 (_, sums), gradients = self._value_and_grad(parameters, rows, *arrays)
             set_trainable(self.model, parameters)
@@ -346,9 +330,19 @@ class Stepper:
                 entropy = np.random.SeedSequence(batch.entropy)
                 mx.random.seed(int(entropy.generate_state(1)[0]))
             if index < whole:
-                yield self._parts(batch)
-            elif parts := self._parts_of_rank(batch, (rank - index) % ranks, ranks):
+                parts = self._parts(batch)
+            else:
+                parts = self._parts_of_rank(batch, (rank - index) % ranks, ranks)
+            if self._sharded is not None:
+                yield in_step(parts, partial(self._idle, batch))
+            elif parts:
                 yield parts
+
+    def _idle(self, batch: Batch) -> Part:
+        """Return what a rank computes, and does not count, while others have work."""
+        rows = rows_of_rank(batch, 0, world().size(), fixed=self._compiled)
+        assert rows is not None
+        return Part(replace(self.shards(rows, 1)[0], drawn=None), factor=IDLE)
 
     def sums(
         self, batches: Sequence[Batch], rank: int = 0, ranks: int = 1
@@ -367,7 +361,7 @@ class Stepper:
                 value32 = value.astype(mx.float32)
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
             mx.eval(sums, gradients)
-            computed += sum(part.computed_tokens for part, _ in parts)
+            computed += sum(part.batch.computed_tokens for part in parts if part.factor != IDLE)
         return sums, gradients, computed
 
     def step(self, batches: Iterable[Batch]) -> StepResult:
@@ -380,9 +374,10 @@ class Stepper:
         sums, gradients, computed = self.sums(batches, group.rank(), group.size())
         values, here = np.array(sums), computed
         if group.size() > 1:
-            for path, value in trainable(self.model).items():
-                gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
-            gradients = sum_gradients(gradients)
+            if self._sharded is None:
+                for path, value in trainable(self.model).items():
+                    gradients.setdefault(path, mx.zeros(value.shape, dtype=mx.float32))
+                gradients = sum_gradients(gradients)
             *added, computed = sum_numbers(*values.tolist(), computed)
             values = np.array(added)
         weight = sum((self.objective.weight(batch) for batch in batches), 0.0)

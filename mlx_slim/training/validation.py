@@ -16,9 +16,10 @@ import numpy as np
 from mlx_slim.data.batches import Batch, Batcher
 from mlx_slim.progress import tracked
 from mlx_slim.runtime import world
+from mlx_slim.sharding.model import ShardedModel
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.ranks import sum_numbers
-from mlx_slim.training.step import Objective
 from mlx_slim.training.step_result import means
 
 
@@ -28,7 +29,7 @@ class LossScorer:
     Args:
         model: In evaluation mode while it is called.
         objective: Summed loss of a batch.
-        compiled, captured: As ``Stepper``.
+        compiled, captured, sharded: As ``Stepper``.
     """
 
     def __init__(
@@ -38,18 +39,30 @@ class LossScorer:
         *,
         compiled: bool = False,
         captured: Sequence[dict] = (),
+        sharded: ShardedModel | None = None,
     ) -> None:
+        self.sharded = sharded
         self.model = model
         self.objective = objective
 
         def sums(parameters: dict[str, mx.array], *arrays: Any) -> mx.array:
             set_trainable(model, parameters)
+            if sharded is not None:
+                sharded.gather_trained()
             return objective(model, arrays, gradient=False)
 
         self._sums: Callable = mx.compile(sums, inputs=[*captured]) if compiled else sums
 
     def __call__(self, batch: Batch) -> mx.array:
-        """Return what the objective returns."""
+        """Return what the objective returns, evaluated where the model is sharded."""
+        if self.sharded is not None:
+            with self.sharded.outside_blocks(trained=False):
+                sums = self._of(batch)
+                mx.eval(sums)
+            return sums
+        return self._of(batch)
+
+    def _of(self, batch: Batch) -> mx.array:
         parameters = trainable(self.model)
         sums = self._sums(parameters, *self.objective.arrays(batch))
         set_trainable(self.model, parameters)
@@ -66,13 +79,17 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised, weight = np.zeros(1 + len(objective.metrics)), 0, 0.0
+    computed = 0
     plan, group = batcher.plan(0), world()
     objective.begin_step(model, map(batcher.batch, plan))
     for groups in tracked(plan[group.rank() :: group.size()], "validating", "micro-batches"):
         batch = batcher.batch(groups)
+        computed += 1
         sums += np.array(scorer(batch))
         supervised += batch.supervised_tokens
         weight += objective.weight(batch)
+    if scorer.sharded is not None and computed < -(-len(plan) // group.size()):
+        scorer(batcher.batch(plan[0]))  # the other ranks need this one's slices
     model.train()
     if group.size() > 1:
         *values, supervised, weight = sum_numbers(*sums.tolist(), supervised, weight)
