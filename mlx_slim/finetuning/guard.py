@@ -51,6 +51,8 @@ def preflight(loop: Loop, prediction: Prediction, budget: int) -> None:
     """
     _check_ranks(loop)
     over = prediction.predicted_peak_bytes > 2 * budget
+    if loop.sharded is not None:  # ranks that gather from each other all try, or none does
+        over = b"1" in all_gather_bytes(b"1" if over else b"0")
     peak = prediction.predicted_peak_bytes if over else loop.preflight()
     of_ranks = [json.loads(each) for each in all_gather_bytes(json.dumps([peak, budget]).encode())]
     for rank, (needed, allowed) in enumerate(of_ranks):

@@ -155,8 +155,7 @@ class Loop:
 
     def resume(self, path: Path, *, report: bool = True) -> None:
         """Continue from the checkpoint at ``path``; ``report`` it."""
-        tuned = self.model, self.optimizer, self.callbacks, self.sharded
-        self.state = checkpoint.load(path, *tuned)
+        self.state = checkpoint.load(path, self.model, self.optimizer, self.callbacks, self.sharded)
         reopen(self.state, self._monitors, self.config, self.total)
         if world().rank() == 0:
             rotation.remove_after(self.checkpoints, self.state.step)
