@@ -35,6 +35,7 @@ from mlx_slim.reading import one_line, shown
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
 from mlx_slim.serving.ranks import END, LeaderEndedError, agreed_tokens
+from mlx_slim.serving.stops import until_stop
 
 _MOST_ANSWERS = 32  # at a time
 _MOST_PROMPTS = 8
@@ -289,19 +290,33 @@ class Generator(ResponseGenerator):
         self.provider.check(prepared[0], args)
         return prepared
 
-    def generate(self, *arguments: Any, **words: Any) -> Any:
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: list[str]) -> Any:
+        """Return what ends an answer by its tokens, and what reads its text: not for stops."""
+        by_tokens, _ = super()._make_state_machine(model_key, tokenizer, stop_words)
+        return by_tokens, super()._make_state_machine(model_key, tokenizer, [])[1]
+
+    def generate(
+        self, request: CompletionRequest, arguments: GenerationArguments, *others: Any, **words: Any
+    ) -> Any:
         """Return the context of an answer, and its tokens as they come.
 
         Raises:
             Refused: If the request cannot be answered.
         """
         try:
-            return super().generate(*arguments, **words)
+            context, responses = super().generate(request, arguments, *others, **words)
         except SlimError as error:
             raise Refused(400, error) from error
         except Exception as error:
             text = f"the request cannot be answered: {one_line(error)}"
             raise Refused(500, SlimError(text)) from error
+        tokenizer: Any = self.provider.tokenizer
+        return context, until_stop(
+            responses,
+            arguments.stop_words,
+            tokenizer.eos_token_ids,
+            lambda token: tokenizer.decode([token]),
+        )
 
     def _serve_single(self, request: Any, stream: mx.Stream) -> None:
         arguments: GenerationArguments = request[2]

@@ -8,15 +8,18 @@ model. Used by ``serving/run.py``.
 from __future__ import annotations
 
 import io
+import ipaddress
 import json
+from http import HTTPStatus
+from http.client import HTTPMessage
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
 from mlx_slim import __version__
 from mlx_slim.errors import SlimError, printable
-from mlx_slim.reading import one_line, shown
+from mlx_slim.reading import JsonObject, one_line, shown
 from mlx_slim.serving.generator import Generator, Refused
 from mlx_slim.serving.names import NotServed
 from mlx_slim.serving.requests import CHAT, MAX_BODY, TEXT, as_error, read_request
@@ -49,17 +52,17 @@ class CompletionHandler(APIHandler):
 
     def do_GET(self) -> None:
         """Answer ``/v1/models``, one of them, or ``/health``."""
-        path = urlsplit(self.path).path
+        path = _split(self.path).path
         if path == "/health":
             self.handle_health_check()
         elif path == _MODELS or path.startswith(f"{_MODELS}/"):
             self.handle_models_request()
         else:
-            self._refuse(404, SlimError(f"nothing is served at {shown(path)}"))
+            self._refuse(404, SlimError(f"nothing is served at {shown(self.path)}"))
 
     def handle_models_request(self) -> None:
         """Answer with the names of the command line."""
-        name = unquote(urlsplit(self.path).path[len(_MODELS) + 1 :])
+        name = unquote(_split(self.path).path[len(_MODELS) + 1 :])
         records = [
             {"id": each, "object": "model", "created": self.created, "owned_by": "mlx-slim"}
             for each in self.generator.provider.served.all
@@ -72,12 +75,12 @@ class CompletionHandler(APIHandler):
 
     def do_POST(self) -> None:
         """Check the body of a completion request, and let mlx-lm answer it."""
-        path = urlsplit(self.path).path
+        path = _split(self.path).path
         if path not in (*CHAT, TEXT):
-            self._refuse(404, SlimError(f"nothing is served at {shown(path)}"))
+            self._refuse(404, SlimError(f"nothing is served at {shown(self.path)}"))
             return
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and not self._is_same_origin(origin):
             self._refuse(403, SlimError(f"a page of {shown(origin)} may not use this server"))
             return
         length = self.headers.get("Content-Length", "")
@@ -110,6 +113,61 @@ class CompletionHandler(APIHandler):
         finally:
             self.rfile = sent
 
+    def _is_same_origin(self, origin: str) -> bool:
+        """Return whether a page of this server asks.
+
+        On an address of this machine alone it has that address's name: any other name may be one
+        that a page of the internet has pointed here (DNS rebinding).
+        """
+        place = _split(origin)
+        if not place.netloc or place.netloc != self.headers.get("Host"):
+            return False
+        local = ipaddress.ip_address(self.server.server_address[0]).is_loopback
+        return not local or _is_address(place.hostname or "")
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what ``http.server`` cannot read."""
+        if not hasattr(self, "headers"):
+            self.headers = HTTPMessage()
+        self._refuse(code, SlimError(message or HTTPStatus(code).phrase))
+
+    def generate_response(
+        self,
+        *arguments: Any,
+        tokens: list[int] | None = None,
+        token_logprobs: list[float] | None = None,
+        top_tokens: list[tuple[JsonObject, ...]] | None = None,
+        **words: Any,
+    ) -> JsonObject:
+        """Return the record of an answer; its log-probabilities are of the tokens it has."""
+        record = super().generate_response(*arguments, **words)
+        if token_logprobs:
+            tops = top_tokens or [()] * len(token_logprobs)
+            triples = zip(tokens or (), token_logprobs, tops, strict=True)
+            record["choices"][0]["logprobs"] = {
+                "content": [
+                    {
+                        **self._token(token, logprob),
+                        "top_logprobs": [
+                            self._token(one["id"], one["logprob"])
+                            for one in sorted(top, key=lambda one: -one["logprob"])
+                        ],
+                    }
+                    for token, logprob, top in triples
+                ]
+            }
+        return record
+
+    def _token(self, token: int, logprob: float) -> JsonObject:
+        text = self.generator.provider.tokenizer.decode([token])
+        whole = "\ufffd" not in text  # else its bytes are those of a piece of a character
+        return {
+            "id": token,
+            "token": text,
+            "bytes": list(text.encode()) if whole else None,
+            "logprob": logprob,
+        }
+
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer; what goes wrong before the first byte of it has a status, later ends it."""
         try:
@@ -137,5 +195,23 @@ class CompletionHandler(APIHandler):
         self._set_completion_headers(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
         self.wfile.flush()
+
+
+def _split(address: str) -> SplitResult:
+    """Return the pieces of an address; empty ones of one that is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+
+
+def _is_address(host: str) -> bool:
+    """Return whether ``host`` can only be what it says: an IP address, or ``localhost``."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True

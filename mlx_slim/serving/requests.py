@@ -17,7 +17,7 @@ from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import LONGEST_PROMPT
 from mlx_slim.reading import JsonObject, field, parse_json, shown
-from mlx_slim.serving.names import DEFAULT, ServedNames
+from mlx_slim.serving.names import DEFAULT, NotServed, ServedNames
 
 CHAT = ("/v1/chat/completions", "/chat/completions")
 TEXT = "/v1/completions"
@@ -26,10 +26,11 @@ _WHERE = "the request"
 _MOST_NAME = 1024
 _MOST_ITEMS = 4096  # messages, tools, entries of a map
 _MOST_STOPS = 16
+_MOST_BIAS = 100  # as OpenAI's; a logit of infinity leaves no probabilities
 # What a template may not be given anew: its own arguments, and those of the renderer.
 _RESERVED = frozenset(
     {"messages", "conversation", "tools", "tokenize", "chat_template", "add_generation_prompt"}
-    | {"source", "strict", "documents", "return_dict"}
+    | {"source", "strict", "documents", "return_dict", "self", "tokenizer"}
 )
 _FLOATS = {
     "temperature": (0, 100),
@@ -79,6 +80,15 @@ def read_request(data: bytes, path: str, served: ServedNames, vocabulary: int) -
         NotServed: If a model, adapter or draft is named that is not served.
         SlimError: Names the value that cannot be used.
     """
+    try:
+        return _checked(data, path, served, vocabulary)
+    except NotServed:
+        raise
+    except SlimError as error:  # what its hint says to do is about files
+        raise SlimError(error.message) from error
+
+
+def _checked(data: bytes, path: str, served: ServedNames, vocabulary: int) -> JsonObject:
     body = parse_json(data, _WHERE)
     if type(body) is not dict:
         raise SlimError(f"{_WHERE} is {shown(body)}, expected a JSON object")
@@ -98,6 +108,10 @@ def read_request(data: bytes, path: str, served: ServedNames, vocabulary: int) -
     _take(clean, body, "top_k", int, low=0, high=vocabulary - 1)
     _take(clean, body, "stream", bool)
     _take(clean, body, "logprobs", bool)
+    if clean.get("top_logprobs"):
+        clean["logprobs"] = True
+    if clean.get("logprobs") and clean.get("stream"):
+        raise SlimError(f"{_WHERE}: logprobs of a stream are not supported: send stream = false")
     options = field(body, _WHERE, "stream_options", dict, None)
     if options is not None:
         usage = field(options, f"{_WHERE}: stream_options", "include_usage", bool, False)
@@ -108,6 +122,11 @@ def read_request(data: bytes, path: str, served: ServedNames, vocabulary: int) -
             raise SlimError(
                 f"{_WHERE}: logit_bias names the token {shown(token)}, expected a number below "
                 f"{vocabulary:,}"
+            )
+        if abs(bias := clean["logit_bias"][token]) > _MOST_BIAS:
+            raise SlimError(
+                f"{_WHERE}: logit_bias[{shown(token)}] is {bias:g}, expected a number from "
+                f"-{_MOST_BIAS} to {_MOST_BIAS}"
             )
     if stops := _stops(body):
         clean["stop"] = stops
@@ -186,6 +205,6 @@ def as_error(error: SlimError, status: int) -> bytes:
     record = {
         "message": str(error),
         "type": "invalid_request_error" if status < 500 else "server_error",
-        "code": "model_not_found" if status == 404 else None,
+        "code": "model_not_found" if isinstance(error, NotServed) else None,
     }
     return json.dumps({"error": record}).encode()

@@ -6,6 +6,7 @@ Invariant: a function of the folder: of ``request.json``, ``study.db`` and the o
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from mlx_slim.sweeping.space import Point, changed_recipe
 from mlx_slim.sweeping.study import SweepStudy, objective_values
 from mlx_slim.sweeping.trial import OUTCOME
 
-SEEDS = "seeds"
+SEEDS, WINNER = "seeds", "winner.yaml"
 
 
 def read_request(out: Path) -> SweepRequest:
@@ -233,7 +234,7 @@ def winner_text(out: Path, report: SweepReport) -> str:
     header = [
         f"The best of {len(report.rows)} trials of {report.recipe}, by validation loss.",
         report.headline,
-        f"Run:  mlx-slim train {out.name}/winner.yaml -o RUN",
+        f"Run:  mlx-slim train {shlex.quote(str(out / WINNER))} -o RUN",
     ]
     return recipe_text(space.recipe(best.values).recipe, reasons, header)
 

@@ -6,6 +6,7 @@ is the last file of a finished sweep. Try it: ``mlx-slim report DIR`` on the fol
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,11 @@ class TrialOutcome:
     curve: Curve = field(default_factory=list)
     why: str = ""
     hint: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a complete trial without a loss."""
+        if self.state == "complete" and not (self.loss is not None and math.isfinite(self.loss)):
+            raise ValueError(f"a complete trial with the loss {self.loss}")
 
 
 @dataclass(frozen=True)
@@ -165,13 +171,24 @@ def to_json(record: object) -> Any:
     return _adapter(type(record)).dump_python(record, mode="json")
 
 
-def from_json(values: Any, kind: type[_Record], what: str) -> _Record:
-    """Return the record that ``to_json`` gave ``values`` for; ``what`` names it in the error.
+def from_json(
+    values: Any,
+    kind: type[_Record],
+    what: str,
+    hint: str = "remove it and resume with --resume",
+) -> _Record:
+    """Return the record that ``to_json`` gave ``values`` for.
+
+    Args:
+        values: JSON.
+        kind: Of the record.
+        what: Names it in the error.
+        hint: What to do about it.
 
     Raises:
         SlimError: If it is none.
     """
-    with library_errors(f"{what} is damaged", "remove it and resume with --resume"):
+    with library_errors(f"{what} is damaged", hint):
         return _adapter(kind).validate_python(values)
 
 
@@ -181,7 +198,8 @@ def read_json_record(file: Path, kind: type[_Record]) -> _Record:
     Raises:
         SlimError: If it is missing or damaged.
     """
-    return from_json(read_object(file), kind, short(file))
+    again = ("start a new sweep",) if file.name == STATE_FILE else ()
+    return from_json(read_object(file), kind, short(file), *again)
 
 
 def is_sweep(folder: Path) -> bool:

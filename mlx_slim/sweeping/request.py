@@ -141,6 +141,17 @@ def check_recipe(recipe: Recipe) -> None:
             "data.validation is 0, and a sweep compares validation losses",
             "set a share or a number of rows, such as data.validation=0.1, or a file",
         )
+    check_unscored(recipe)
+    model_config(recipe)
+    expected_work(recipe)
+
+
+def check_unscored(recipe: Recipe) -> None:
+    """Check that no rows are of a split that a task is scored on.
+
+    Raises:
+        SlimError: If some are.
+    """
     for source in recipe.data.sources:
         if source.task is not None and is_scored(find_task(source.task), source.split):
             raise SlimError(
@@ -148,8 +159,6 @@ def check_recipe(recipe: Recipe) -> None:
                 "would choose by it",
                 "name the task's training split, or a file of other rows",
             )
-    model_config(recipe)
-    expected_work(recipe)
 
 
 def sweep_command(base: Resolved, space: str, options: SweepOptions) -> list[str]:

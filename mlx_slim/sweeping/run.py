@@ -23,6 +23,7 @@ from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.students import predict_run
 from mlx_slim.runtime import memory_budget
 from mlx_slim.sweeping import conclusion
+from mlx_slim.sweeping.conclusion import WINNER
 from mlx_slim.sweeping.launch import Launcher, launcher
 from mlx_slim.sweeping.options import SweepOptions, check
 from mlx_slim.sweeping.records import (
@@ -40,6 +41,7 @@ from mlx_slim.sweeping.request import (
     TRIALS,
     check_recipe,
     check_same,
+    check_unscored,
     folder_of,
     plan_of,
     request_of,
@@ -49,8 +51,6 @@ from mlx_slim.sweeping.search import InfeasibleError, UnusableInputError, search
 from mlx_slim.sweeping.space import SweepSpace, changed_recipe, load_space
 from mlx_slim.sweeping.study import Proposal, SweepStudy
 from mlx_slim.sweeping.trial import OUTCOME, RECIPE, REQUEST, tidy
-
-WINNER = "winner.yaml"
 
 
 def sweep(
@@ -88,6 +88,9 @@ def sweep(
     run_dir = folder_of(out)
     if not run_dir.check(resume=resume):
         check_recipe(base.recipe)
+        for one in chosen.parameters:
+            for choice in one.choices or ():
+                check_unscored(changed_recipe(base, {one.key: choice}, chosen.origin).recipe)
     request = request_of(chosen, options)
     with run_dir.claim(resume=resume, match=partial(check_same, out, request)) as claimed:
         if claimed.note:

@@ -28,6 +28,7 @@ from mlx_slim.config.problems import words_for
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.recipe_file import value_text
 from mlx_slim.config.schema import Recipe
+from mlx_slim.config.section import MOST
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.finetuning.run_dir import FREE_ON_RESUME
 from mlx_slim.reading import JsonObject, short, shown
@@ -288,9 +289,10 @@ def _number(value: JsonObject, name: str, whole: bool, place: str) -> Number | N
 def _check_step(low: Number, high: Number, step: Number, log: bool, place: str) -> None:
     if log:
         raise SlimError(f"{place} has log and a step", "drop one of them")
-    if step <= 0 or step > high - low:
+    if not (high - low) / MOST <= step <= high - low:
         raise SlimError(
-            f"{place}: step is {step:g}, expected above 0 and at most {high - low:g}", "change it"
+            f"{place}: step is {step:g}, expected from {(high - low) / MOST:g} to {high - low:g}",
+            "change it",
         )
     if not _multiple(high - low, step):
         last = low + step * math.floor((high - low) / step)

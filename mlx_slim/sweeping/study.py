@@ -49,6 +49,7 @@ from mlx_slim.sweeping.records import (
 from mlx_slim.sweeping.space import Parameter, Point
 
 _NAME = "sweep"  # of the study: Hyperband draws a trial's bracket from it and the number
+_ANEW = "start a new sweep"
 _LEAST_FOR_IMPORTANCES = 8  # complete trials
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -97,9 +98,10 @@ class SweepStudy:
 
     def __init__(self, file: Path, plan: StudyPlan) -> None:
         self.file, self.plan = file, plan
+        self._keys = {one.key for one in plan.parameters}
         with _storage_errors(file):
             if not file.is_file():
-                raise SlimError(f"{file} is missing", "start a new sweep")
+                raise SlimError(f"{file} is missing", _ANEW)
             self._study = optuna.load_study(study_name=_NAME, storage=_storage(file))
 
     @staticmethod
@@ -119,7 +121,13 @@ class SweepStudy:
         attempts: dict[int, list[FrozenTrial]] = {}
         with _storage_errors(self.file):
             for trial in self._study.get_trials(deepcopy=False):
-                attempts.setdefault(int(trial.user_attrs["trial"]), []).append(trial)
+                number = trial.user_attrs["trial"]
+                if type(number) is not int or number < 0 or set(trial.params) != self._keys:
+                    raise SlimError(
+                        f"{self.file} is damaged: its trial {trial.number} is none of this sweep",
+                        _ANEW,
+                    )
+                attempts.setdefault(number, []).append(trial)
         return dict(sorted(attempts.items()))
 
     def fail_running(self) -> list[int]:
@@ -177,7 +185,7 @@ class SweepStudy:
             last = attempts[-1]
             if last.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 what = f"{self.file.name}: trial {number}"
-                outcome = from_json(last.user_attrs["outcome"], TrialOutcome, what)
+                outcome = from_json(last.user_attrs.get("outcome"), TrialOutcome, what, _ANEW)
                 rows.append(TrialRow(number, self._values(last), outcome, len(attempts)))
         return rows
 
@@ -352,4 +360,9 @@ def _storage_errors(file: Path) -> Iterator[None]:
             raise ResourceError(
                 f"the disk is full while writing {file}", "free some space"
             ) from error
-        raise SlimError(f"{file} is damaged: {text}", "start a new sweep") from error
+        if "database is locked" in text:
+            raise SlimError(
+                f"{file} is in use by another program",
+                "close it (optuna-dashboard?), and resume with --resume",
+            ) from error
+        raise SlimError(f"{file} is damaged: {text}", _ANEW) from error

@@ -79,6 +79,23 @@ def test_chat_completions_streams_and_adapters(client: tuple[Any, Running], file
     assert answers == [texts[one]] * 2
 
 
+def test_log_probabilities_are_those_of_the_tokens_of_the_answer(
+    client: tuple[Any, Running], files: Files
+) -> None:
+    api, _ = client
+    words: dict[str, Any] = {"model": files.model, "messages": MESSAGES, "max_tokens": 6}
+    words["logit_bias"] = {str(ord("k") - ord("!")): 100}
+    choice = api.chat.completions.create(**words, logprobs=True).choices[0]
+    assert choice.message.content == "kkkkkk"
+    assert [(one.token, one.bytes) for one in choice.logprobs.content] == [("k", [107])] * 6
+    words["logit_bias"] = {}
+    choice = api.chat.completions.create(**words, logprobs=True, top_logprobs=4).choices[0]
+    for one in choice.logprobs.content:  # greedy: the likeliest
+        logprobs = [other.logprob for other in one.top_logprobs]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert (one.token, one.logprob) == (one.top_logprobs[0].token, logprobs[0])
+
+
 def test_refusals_are_the_clients_errors(client: tuple[Any, Running], files: Files) -> None:
     api, _ = client
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-4o' is served"):

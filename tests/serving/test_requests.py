@@ -97,6 +97,11 @@ def test_tools_are_left_out_where_the_request_wants_none() -> None:
         ({"max_tokens": "9"}, "a whole number"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
+        ({"logprobs": True, "stream": True}, "logprobs of a stream are not supported"),
+        ({"top_logprobs": 2, "stream": True}, "logprobs of a stream are not supported"),
+        ({"logit_bias": {"5": 1e39}}, "expected a number from -100 to 100"),
+        ({"chat_template_kwargs": {"self": 1}}, "may not hold 'self'"),
+        ({"chat_template_kwargs": {"tokenizer": 1}}, "may not hold 'tokenizer'"),
         ({"stop": [1]}, "stop"),
         ({"stop": [""]}, "a stop of 0 characters"),
         ({"stop": ["a"] * 17}, "stop"),
@@ -124,6 +129,7 @@ def test_what_cannot_be_used_is_one_line(body: dict[str, Any], text: str) -> Non
         chat(**body)
     assert text in caught.value.message
     assert "\n" not in caught.value.message
+    assert caught.value.hint == ""
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,40 @@ def test_hostile_requests_get_a_status_and_the_next_one_an_answer(
     assert running.send("/health", None, method="GET")[0] == 200
 
 
+def test_what_no_request_is_gets_json_and_pages_of_other_places_an_answer_of_403(
+    running: Running,
+) -> None:
+    def send(text: str) -> tuple[int, dict[str, Any]]:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as one:
+            one.sendall(text.encode())
+            head, _, body = one.makefile("rb").read().partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+    flood = "".join(f"X-{number}: y\r\n" for number in range(200))
+    for text, status in (
+        (f"GET /health HTTP/1.1\r\n{flood}\r\n", 431),
+        (f"GET /{'a' * 70_000} HTTP/1.1\r\n\r\n", 414),
+        ("PUT /v1/models HTTP/1.1\r\n\r\n", 501),
+        ("GET http://[::1 HTTP/1.1\r\n\r\n", 404),
+        ("POST http://[::1 HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 404),
+    ):
+        code, record = send(text)
+        assert (code, type(record["error"]["message"])) == (status, str), text[:40]
+    port = running.port
+    body = json.dumps({"prompt": "a", "max_tokens": 1})
+    for origin, host, status in (
+        (f"http://127.0.0.1:{port}", f"127.0.0.1:{port}", 200),
+        (f"http://localhost:{port}", f"localhost:{port}", 200),
+        ("http://other.example", f"127.0.0.1:{port}", 403),
+        (f"http://other.example:{port}", f"other.example:{port}", 403),  # DNS rebinding
+        ("null", f"127.0.0.1:{port}", 403),
+        ("http://[x", f"127.0.0.1:{port}", 403),
+    ):
+        headers = f"Host: {host}\r\nOrigin: {origin}\r\nContent-Length: {len(body)}\r\n"
+        code, _ = send(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n{body}")
+        assert code == status, origin
+
+
 def test_a_batch_that_fails_ends_its_requests_only(
     running: Running, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:

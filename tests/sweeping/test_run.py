@@ -82,6 +82,7 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
         present = (out / f"trials/{row.number:03d}/run/adapters/adapters.safetensors").exists()
         assert present == (row.number == report.best)
         assert not (out / f"trials/{row.number:03d}/run/checkpoints").exists()
+    assert "# Run:  mlx-slim train out/winner.yaml -o RUN" in (out / "winner.yaml").read_text()
     winner = load_recipe("out/winner.yaml").recipe
     assert winner.adapter.rank == best.values["adapter.rank"]
     assert winner.train.learning_rate == best.values["train.learning_rate"]
@@ -237,6 +238,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     error, *hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and len(hint) < 2
     assert line in " ".join([error, *hint])
+    assert not (inputs / "out").exists()
+
+
+def test_no_choice_of_rows_is_what_a_task_is_scored_on(inputs: Path) -> None:
+    (inputs / "space.yaml").write_text(
+        'data.path: [rows.jsonl, [{path: "task:hellaswag", split: validation, limit: 9}]]'
+    )
+    with pytest.raises(SlimError, match="a sweep would choose by it"):
+        mlx_slim.sweep("base.yaml", "space.yaml", "out", TRIALS)
     assert not (inputs / "out").exists()
 
 

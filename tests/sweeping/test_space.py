@@ -109,7 +109,11 @@ HOSTILE: list[tuple[Any, str]] = [
     ({"train.learning_rate": {"low": 1, "high": 2, "log": "yes"}}, "log is 'yes'"),
     ({"adapter.rank": {"low": 1, "high": 9, "log": True, "step": 2}}, "has log and a step"),
     ({"adapter.rank": {"low": 1, "high": 8, "step": 2}}, "set high to 7"),
-    ({"adapter.rank": {"low": 1, "high": 8, "step": 0}}, "step is 0, expected above 0"),
+    ({"adapter.rank": {"low": 1, "high": 8, "step": 0}}, "step is 0, expected from 7e-09 to 7"),
+    (
+        {"train.learning_rate": {"low": 1e-4, "high": 1.0, "step": 1e-320}},
+        "step is 9.99989e-321, expected from",
+    ),
     ({"adapter.targets": {"low": 1, "high": 2}}, "holds no numbers"),
     ({"method": ["lora", "loar"]}, "method .* is 'loar': expected one of"),
     ({"train.seed": [0, 1]}, "train.seed .* cannot be searched: the best trial"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,37 @@ def test_a_folder_may_have_any_name_and_a_damaged_study_is_one_line(tmp_path: Pa
     file.unlink()
     with pytest.raises(SlimError, match="is missing"):
         SweepStudy(file, plan_of(SweepOptions()))
+
+
+def test_an_edited_study_is_one_line_and_a_locked_one_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / STUDY_FILE, SweepOptions(), 2)
+    whole = (tmp_path / STUDY_FILE).read_bytes()
+    attribute = "update trial_user_attributes set value_json = '{}' where key = '{}'"
+    for edit in (
+        attribute.format('"x"', "trial"),
+        attribute.format("-1", "trial"),
+        attribute.format('{"state": "complete"}', "outcome"),
+        "delete from trial_user_attributes where key = 'outcome'",
+        "update trial_params set param_name = 'train.steps' where param_name = 'adapter.rank'",
+    ):
+        (tmp_path / STUDY_FILE).write_bytes(whole)
+        connection = sqlite3.connect(tmp_path / STUDY_FILE)
+        connection.execute(edit)
+        connection.commit()
+        connection.close()
+        with pytest.raises(SlimError, match="damaged") as caught:
+            SweepStudy(tmp_path / STUDY_FILE, plan_of(SweepOptions())).rows()
+        assert caught.value.hint == "start a new sweep", edit
+    (tmp_path / STUDY_FILE).write_bytes(whole)
+    other = sqlite3.connect(tmp_path / STUDY_FILE)
+    other.execute("begin exclusive")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file: connect(file, timeout=0.01))
+    with pytest.raises(SlimError, match="is in use by another program"):
+        SweepStudy(tmp_path / STUDY_FILE, plan_of(SweepOptions())).rows()
+    other.close()
 
 
 @pytest.mark.parametrize(
