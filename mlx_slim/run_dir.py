@@ -25,7 +25,7 @@ from mlx_slim.artifacts import check_writable, disk_errors, first_missing
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.interrupts import deferred_signals
 from mlx_slim.ranks.state import resumed_by
-from mlx_slim.reading import field, read_object
+from mlx_slim.reading import field, read_object, short
 
 LOCK_FILE = ".mlx-slim.lock"
 
@@ -239,7 +239,7 @@ def option_words(options: Any) -> list[str]:
 def changed_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return ``key: old → new`` of every value that differs, for the refusal of a resume."""
     return [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        f"{key}: {short(repr(old.get(key)))} → {short(repr(new.get(key)))}"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key)
     ]

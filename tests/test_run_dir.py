@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.errors import Interrupted, SlimError
-from mlx_slim.run_dir import RunDir, RunKind, option_words
+from mlx_slim.run_dir import RunDir, RunKind, changed_values, option_words
 
 KIND = RunKind("try", "run", "state.json", ("rows",))
 
@@ -105,3 +105,8 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_before_any_work(tmp_path: P
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_of_thousands_of_words_is_shortened_in_what_differs() -> None:
+    (line,) = changed_values({"a": 1, "b": list(range(9000))}, {"a": 1, "b": None})
+    assert line.startswith("b: [0, 1, ") and line.endswith("8999] → None") and len(line) < 600

@@ -116,13 +116,13 @@ class CompletionHandler(APIHandler):
     def _is_same_origin(self, origin: str) -> bool:
         """Return whether a page of this server asks.
 
-        On an address of this machine alone it has that address's name: any other name may be one
-        that a page of the internet has pointed here (DNS rebinding).
+        Where it came from this machine it is of that address: any other name may be one that a
+        page of the internet has pointed here (DNS rebinding).
         """
         place = _split(origin)
         if not place.netloc or place.netloc != self.headers.get("Host"):
             return False
-        local = ipaddress.ip_address(self.server.server_address[0]).is_loopback
+        local = ipaddress.ip_address(self.connection.getsockname()[0]).is_loopback
         return not local or _is_address(place.hostname or "")
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

@@ -18,7 +18,7 @@ def answer(
     pieces: Sequence[str], stops: Sequence[str], reason: str = "length", last: int = 1
 ) -> str:
     """Return the text of an answer of ``pieces``; the last one has ``reason``."""
-    responses = [Response(piece, 1, 0.0, None, ()) for piece in pieces]
+    responses = [Response(piece, 1, 0.0, None, ({},)) for piece in pieces]
     responses[-1].finish_reason, responses[-1].token = reason, last
     stopped = list(until_stop(responses, stops, {END}, lambda token: "d" if token == 3 else ""))
     assert all(one.text == "" for one in stopped if one.finish_reason == "stop")
