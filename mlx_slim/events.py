@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, Self
 
 from mlx_slim.reading import JsonObject
 
@@ -26,12 +26,8 @@ class Event:
 
     def as_record(self) -> JsonObject:
         """Return the JSON object of this event, ``event`` first, unset fields left out."""
-        fields = {
-            self.record_keys.get(key, key): value
-            for key, value in asdict(self).items()
-            if value is not None
-        }
-        return {"event": self.name, **fields}
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
+        return {"event": self.name} | {self.record_keys.get(k, k): v for k, v in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -376,16 +372,13 @@ class Observer(Protocol):
         ...
 
 
-_Self = TypeVar("_Self", bound="ClosingObserver")
-
-
 class ClosingObserver:
     """An observer that ``with`` closes, however the block ends."""
 
     def close(self) -> None:
         """Let go of what the observer holds; safe to call twice."""
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from queue import Queue
 from typing import Any
@@ -25,22 +24,24 @@ from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.data.tokenize import check_ids
 from mlx_slim.distributed.agreement import gather
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.chat import PREFILL, ChatSession, open_session
+from mlx_slim.evaluation.chat import ChatSession, open_session
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, seconds_without_draft
 from mlx_slim.evaluation.scoring.answer_cache import Footprint, footprint, joins
-from mlx_slim.models.kv_cache import QUANTIZED_PREFILL
 from mlx_slim.models.parallel import divided_by
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.reading import one_line, shown
+from mlx_slim.serving.mlx_lm_options import (
+    MOST_ANSWERS,
+    MOST_PROMPTS,
+    PROMPT_CACHES,
+    server_arguments,
+)
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
 from mlx_slim.serving.ranks import END, LeaderEndedError, agreed_tokens
 from mlx_slim.serving.stops import until_stop
 
-_MOST_ANSWERS = 32  # at a time
-_MOST_PROMPTS = 8
 _CONTEXT = 4096  # tokens of an answer and its prompt, in the plan of how many fit at a time
-_PROMPT_CACHES = 10
 _GENERATE = "stream_generate"
 
 
@@ -81,7 +82,7 @@ class Provider(ModelProvider):
         self._room = 0  # bytes that requests may take
         self._limit: int | None = None  # tokens of a prompt and its answer
         self._footprints: list[Footprint] = []  # of the model and the draft
-        super().__init__(_arguments(options))
+        super().__init__(server_arguments(options))
 
     def load_default(self) -> None:
         """Load the model, and put each adapter on it once.
@@ -120,8 +121,8 @@ class Provider(ModelProvider):
         self._room, self.cli_args.prompt_cache_bytes = left // 2, left // 4
         typical = min(_CONTEXT, self._limit or _CONTEXT)
         answers = self._footprints[0].answers(self._room, typical, 0, shared=False)
-        self.cli_args.decode_concurrency = min(_MOST_ANSWERS, answers)
-        self.cli_args.prompt_concurrency = min(_MOST_PROMPTS, answers)
+        self.cli_args.decode_concurrency = min(MOST_ANSWERS, answers)
+        self.cli_args.prompt_concurrency = min(MOST_PROMPTS, answers)
         self.model, self.tokenizer, self.draft_model = model, session.tokenizer, session.draft
         mergeable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
         self.is_batchable = session.draft is None and mergeable and joins(model)
@@ -192,36 +193,6 @@ class Provider(ModelProvider):
         arguments.max_tokens = room
 
 
-def _arguments(options: ServeOptions) -> Namespace:
-    """Return what mlx-lm's server reads of its command line."""
-    return Namespace(
-        model=None,
-        adapter_path=None,
-        draft_model=None,
-        num_draft_tokens=options.num_draft_tokens,
-        trust_remote_code=options.trust_remote_code,
-        chat_template="",
-        use_default_chat_template=False,
-        chat_template_args={},
-        allowed_origins=[],
-        temp=options.temp,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        max_tokens=options.max_tokens,
-        decode_concurrency=_MOST_ANSWERS,
-        prompt_concurrency=_MOST_PROMPTS,
-        prefill_step_size=PREFILL if options.kv_bits is None else QUANTIZED_PREFILL,
-        prompt_cache_size=_PROMPT_CACHES,
-        prompt_cache_bytes=None,
-        # Quantized caches are the model's own (``models/kv_cache.py``): nothing to do for mlx-lm.
-        kv_bits=None,
-        kv_group_size=64,
-        quantized_kv_start=0,
-        pipeline=False,
-    )
-
-
 class Generator(ResponseGenerator):
     """Answers requests in a thread of its own, which loads the model first.
 
@@ -238,7 +209,7 @@ class Generator(ResponseGenerator):
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._waiting: weakref.WeakSet[Queue[Any]] = weakref.WeakSet()
-        super().__init__(provider, PromptCache(_PROMPT_CACHES))
+        super().__init__(provider, PromptCache(PROMPT_CACHES))
 
     def wait(self) -> None:
         """Wait until the model is loaded.

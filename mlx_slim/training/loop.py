@@ -111,13 +111,9 @@ class Loop:
             prefix_sharing=self.prefix_sharing,
             sharded=self.sharded,
         )
-        self.scorer = LossScorer(
-            self.model,
-            self.validation_objective or self.objective,
-            compiled=self.compiled,
-            captured=captured,
-            sharded=self.sharded,
-        )
+        measured = self.validation_objective or self.objective
+        settings = {"captured": captured, "sharded": self.sharded}
+        self.scorer = LossScorer(self.model, measured, compiled=self.compiled, **settings)
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.extend(self.extended)
         for hook in self._update_hooks:
