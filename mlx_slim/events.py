@@ -204,23 +204,6 @@ class Done(Event):
     duty: float | None = None
     best_task: float | None = None
 
-    @classmethod
-    def from_record(cls, record: JsonObject) -> Done:
-        """Return the event of a ``run.json``; one of 0.1 had ``held_out_step``, no ``result_step``.
-
-        Raises:
-            TypeError: If a field is missing or is none of these.
-        """
-        record = dict(record)
-        if "held_out_step" in record:
-            within, best = record.pop("held_out_step"), record.get("best_step")
-            result = record.get("step") if best is None else best
-            if record.get("reason") == "held_out":
-                record["reason"] = "forgetting"
-                result = min(result, within or 0)
-            record.setdefault("result_step", result)
-        return cls(**record)
-
 
 @dataclass(frozen=True)
 class EvalStarted(Event):

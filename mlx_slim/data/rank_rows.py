@@ -43,11 +43,11 @@ def rows_of_rank(batch: Batch, rank: int, ranks: int, *, fixed: bool = False) ->
     if not len(units):
         return None
     rows = (units[:, None] * unit + np.arange(unit)).reshape(-1)
-    own = replace(batch.only(rows), entropy=batch.entropy)
+    some = replace(batch.only(rows), entropy=batch.entropy)
     if fixed:
         most = -(-(count // unit) // ranks) * unit
         even = int(_EVEN * len(batch.targets_N) / ranks) + 1
-        even = even if own.supervised_tokens <= even else len(batch.targets_N)
-        own = padded(own, Shape(most, width, min(even, most * width)))
+        even = even if some.supervised_tokens <= even else len(batch.targets_N)
+        some = padded(some, Shape(most, width, min(even, most * width)))
         rows = np.pad(rows, (0, most - len(rows)))
-    return replace(own, drawn=DrawnRows(rows.astype(np.int32), count, width))
+    return replace(some, drawn=DrawnRows(rows.astype(np.int32), count, width))

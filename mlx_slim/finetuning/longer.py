@@ -20,7 +20,7 @@ from mlx_slim.training.extension import describe
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.optim import Extended, warmup_steps
 from mlx_slim.training.state import read_state
-from mlx_slim.training.step_plan import check_position, total_steps
+from mlx_slim.training.step_plan import check_train_state, total_steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def plan_resume(out: Path, recipe: Recipe, loop: Loop, reached: Path | None) -> 
     """
     resume = _plan(out, recipe, loop, reached)
     if resume.start is not None and not resume.complete:
-        check_position(loop.batcher, recipe.train, read_state(resume.start))
+        check_train_state(loop.batcher, recipe.train, read_state(resume.start))
     return resume
 
 

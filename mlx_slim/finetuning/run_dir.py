@@ -108,8 +108,21 @@ def read_result(out: Path) -> Result:
     file, ledger = out / RECORD, out / LEDGER_FILE
     values = dict(read_object(file, result=dict)["result"])
     with library_errors(f"{short(file)} is damaged", "start a new run"):
-        done = events.Done.from_record(values.pop("done"))
+        done = _done(values.pop("done"))
         return Result(out=out, done=done, ledger=read_object(ledger), **values)
+
+
+def _done(record: JsonObject) -> events.Done:
+    """Return the event of a ``run.json``; one of 0.1 had ``held_out_step``, no ``result_step``."""
+    record = dict(record)
+    if "held_out_step" in record:
+        within, best = record.pop("held_out_step"), record.get("best_step")
+        result = record.get("step") if best is None else best
+        if record.get("reason") == "held_out":
+            record["reason"] = "forgetting"
+            result = min(result, within or 0)
+        record.setdefault("result_step", result)
+    return events.Done(**record)
 
 
 def run_dir(out: Path) -> RunDir:

@@ -264,12 +264,11 @@ class Loop:
 
     def _batches(self, plan: Plan) -> Iterator[Batch]:
         """Yield the step's micro-batches, each with what its dropout is drawn from."""
-        step = self.state.step
-        for index in range(len(plan)):
-            entropy = (self.config.seed, step, index)
-            answers = None if self.rounds is None else self.rounds.batches(step, index)
+        for index, groups in enumerate(plan):
+            entropy = (self.config.seed, self.state.step, index)
+            answers = None if self.rounds is None else self.rounds.batches(*entropy[1:])
             if answers is None:
-                yield replace(self.batcher.batch(plan[index]), entropy=entropy)
+                yield replace(self.batcher.batch(groups), entropy=entropy)
             for number, batch in enumerate(answers or ()):
                 yield replace(batch, entropy=(*entropy, number))
 

@@ -32,10 +32,10 @@ from mlx_slim.ranks.state import state
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.chunks import IDLE, Chunk, in_step
 from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
 from mlx_slim.training.objective import Arrays, Objective
 from mlx_slim.training.optim import set_trainable, trainable
-from mlx_slim.training.parts import IDLE, Part, in_step
 from mlx_slim.training.ranks import random_unit, sum_gradients, sum_numbers
 from mlx_slim.training.step_result import StepResult, means
 
@@ -254,37 +254,38 @@ class Stepper:
 
     def micro(self, batch: Batch) -> tuple[mx.array, dict[str, mx.array]]:
         """Return the sums of one micro-batch and the gradient of its loss, evaluated."""
-        return self._compute(self._parts(batch))
+        return self._compute(self._chunks(batch))
 
-    def _parts(self, batch: Batch) -> list[Part]:
+    def _chunks(self, batch: Batch) -> list[Chunk]:
         """Return what is computed of a micro-batch at a time."""
         shards = self.shards(batch, part_count(self.num_threads, batch.computed_tokens))
         if len(shards) == 1:
-            return [Part(shards[0])]
+            return [Chunk(shards[0])]
         # Dropout is drawn from a seed of the chunk, whichever chunk is built first.
-        return [Part(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
+        return [Chunk(shard, int(to_float(mx.random.randint(0, 2**31 - 1)))) for shard in shards]
 
-    def _parts_of_rank(self, batch: Batch, rank: int, ranks: int) -> list[Part]:
+    def _chunks_of_rank(self, batch: Batch, rank: int, ranks: int) -> list[Chunk]:
         """Return those of one of the ranks that compute a micro-batch side by side."""
-        parts = self._parts(batch)
-        if len(parts) > 1:
-            return parts[rank::ranks]
-        listed = parts[0].batch.nodes is not None
+        chunks = self._chunks(batch)
+        if len(chunks) > 1:
+            return chunks[rank::ranks]
+        listed = chunks[0].batch.nodes is not None
         if self.random_unit == "micro-batch" or (listed and self.random_unit == "row"):
-            return parts if rank == 0 else []
+            return chunks if rank == 0 else []
         rows = rows_of_rank(batch, rank, ranks, fixed=self._compiled)
-        return [] if rows is None else [Part(self.shards(rows, 1)[0])]
+        return [] if rows is None else [Chunk(self.shards(rows, 1)[0])]
 
-    def _compute(self, parts: list[Part]) -> tuple[mx.array, dict[str, mx.array]]:
-        if len(parts) == 1 and parts[0].seed is None:
-            return self._part(parts[0])
+    def _compute(self, chunks: list[Chunk]) -> tuple[mx.array, dict[str, mx.array]]:
+        if len(chunks) == 1 and chunks[0].seed is None:
+            return self._sums_of(chunks[0])
+        threads = 1 if on_gpu() else self.num_threads
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
         if self._sharded is not None:  # collectives of two threads would mix
-            results = [self._part(part) for part in parts]
+            results = [self._sums_of(chunk) for chunk in chunks]
         else:
             with blas.single_threaded(), sharing():
-                results = run_in_threads(self._part, [(p,) for p in parts], self.num_threads)
+                results = run_in_threads(self._sums_of, [(one,) for one in chunks], threads)
         sums, gradients = results[0]
         for part_sums, part_gradients in results[1:]:
             sums = sums + part_sums
@@ -292,31 +293,31 @@ class Stepper:
         mx.eval(sums, gradients)
         return sums, gradients
 
-    def _part(self, part: Part) -> tuple[mx.array, dict[str, mx.array]]:
+    def _sums_of(self, chunk: Chunk) -> tuple[mx.array, dict[str, mx.array]]:
         """Build the graph of a batch, one thread at a time, and evaluate it."""
         if self._sharded is not None:
             with self._sharded.outside_blocks(trained=False):
-                return self._evaluated(part)
-        return self._evaluated(part)
+                return self._evaluated(chunk)
+        return self._evaluated(chunk)
 
-    def _evaluated(self, part: Part) -> tuple[mx.array, dict[str, mx.array]]:
-        batch = part.batch
+    def _evaluated(self, chunk: Chunk) -> tuple[mx.array, dict[str, mx.array]]:
+        batch = chunk.batch
         with self._building:  # building writes parameters into the model of all threads
-            if part.seed is not None:
-                mx.random.seed(part.seed)
+            if chunk.seed is not None:
+                mx.random.seed(chunk.seed)
             parameters = trainable(self.model)
             arrays, rows = self.objective.arrays(batch), None
             if batch.drawn is not None:
                 rows = (mx.array(batch.drawn.rows_B), batch.drawn.batch, batch.drawn.width)
             if self._sharded is not None:
-                arrays = (*arrays, mx.array(part.factor))
+                arrays = (*arrays, mx.array(chunk.factor))
             with prefix_attention(batch.nodes):
                 (_, sums), gradients = self._value_and_grad(parameters, rows, *arrays)
             set_trainable(self.model, parameters)
         mx.eval(sums, gradients)
         return sums, gradients
 
-    def _work(self, batches: Sequence[Batch], rank: int, ranks: int) -> Iterator[list[Part]]:
+    def _work(self, batches: Sequence[Batch], rank: int, ranks: int) -> Iterator[list[Chunk]]:
         """Yield what ``rank`` computes of a step: micro-batches, and its rows of the last ones.
 
         As many micro-batches as the ranks divide are dealt whole; all ranks compute some rows of
@@ -330,19 +331,19 @@ class Stepper:
                 entropy = np.random.SeedSequence(batch.entropy)
                 mx.random.seed(int(entropy.generate_state(1)[0]))
             if index < whole:
-                parts = self._parts(batch)
+                chunks = self._chunks(batch)
             else:
-                parts = self._parts_of_rank(batch, (rank - index) % ranks, ranks)
+                chunks = self._chunks_of_rank(batch, (rank - index) % ranks, ranks)
             if self._sharded is not None:
-                yield in_step(parts, partial(self._idle, batch))
-            elif parts:
-                yield parts
+                yield in_step(chunks, partial(self._idle, batch))
+            elif chunks:
+                yield chunks
 
-    def _idle(self, batch: Batch) -> Part:
+    def _idle(self, batch: Batch) -> Chunk:
         """Return what a rank computes, and does not count, while others have work."""
         rows = rows_of_rank(batch, 0, world().size(), fixed=self._compiled)
         assert rows is not None
-        return Part(replace(self.shards(rows, 1)[0], drawn=None), factor=IDLE)
+        return Chunk(replace(self.shards(rows, 1)[0], drawn=None), factor=IDLE)
 
     def sums(
         self, batches: Sequence[Batch], rank: int = 0, ranks: int = 1
@@ -354,14 +355,14 @@ class Stepper:
         gradients: dict[str, mx.array] = {}
         sums = mx.zeros((1 + len(self.objective.metrics),), dtype=mx.float32)
         computed = 0
-        for parts in self._work(batches, rank, ranks):
-            micro_sums, values = self._compute(parts)
+        for chunks in self._work(batches, rank, ranks):
+            micro_sums, values = self._compute(chunks)
             sums = sums + micro_sums
             for path, value in values.items():
                 value32 = value.astype(mx.float32)
                 gradients[path] = gradients[path] + value32 if path in gradients else value32
             mx.eval(sums, gradients)
-            computed += sum(part.batch.computed_tokens for part in parts if part.factor != IDLE)
+            computed += sum(chunk.batch.computed_tokens for chunk in chunks if chunk.factor != IDLE)
         return sums, gradients, computed
 
     def step(self, batches: Iterable[Batch]) -> StepResult:

@@ -71,7 +71,7 @@ def next_plans(batcher: Batcher, config: TrainConfig, at: TrainState, count: int
     return [plan for _, _, plan in islice(steps, count)]
 
 
-def check_position(batcher: Batcher, config: TrainConfig, at: TrainState) -> None:
+def check_train_state(batcher: Batcher, config: TrainConfig, at: TrainState) -> None:
     """Check that steps of ``config`` on these ranks reach where ``at`` is.
 
     Raises:

@@ -59,18 +59,18 @@ def case(tiny: TinyModels, folder: Path) -> Callable[..., Case]:
     finetune(recipe(start, rows, "full", **learns), folder / "teacher", observer=Recorder())
     teacher = folder / "teacher" / "model"
 
-    def made(name: str, place: str) -> Case:
+    def build(name: str, place: str) -> Case:
         settings = {"method": name, **_METHODS[name]}
-        taught = settings["method"] in ("logits", "sequence", "mutual")
+        distilled = settings["method"] in ("logits", "sequence", "mutual")
         return Case(
             str(folder / place / name),
             str(tiny("llama")),
             str(data.get(name, rows)),
-            teacher=str(teacher) if taught else "",
+            teacher=str(teacher) if distilled else "",
             **settings,
         )
 
-    return made
+    return build
 
 
 _LONG = {"steps": 10, "batch_tokens": 128, "save_every": 2, "validate_every": 4}
