@@ -249,10 +249,10 @@ def fuse(
         result = replace(result, bytes=size)
         write_json(folder / RECORD, _record(result, source, stack))
 
-    written = loaded if keep else replace(loaded, open=fused_model)
+    stored_model = loaded if keep else replace(loaded, open=fused_model)
     merged = () if keep else folders
     save_checked(
-        out, written, loaded.config, stored, beside, merged, judged_NT=tokens_NT, judge=judge
+        out, stored_model, loaded.config, stored, beside, merged, judged_NT=tokens_NT, judge=judge
     )
     assert result is not None
     return result

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.hashing import hash_bytes
 from mlx_slim.models.tensors import INDEX
+from mlx_slim.reading import JsonObject
 
 _DTYPES = {
     mx.bool_: "BOOL",
@@ -113,7 +114,7 @@ def file_layout(shard: dict[str, mx.array]) -> tuple[bytes, dict[str, int]]:
 
     Wide dtypes come first, so that each tensor is aligned to its own.
     """
-    entries: dict[str, Any] = {}
+    entries: JsonObject = {}
     end = 0
     for name in sorted(shard, key=lambda name: (-shard[name].dtype.size, name)):
         value = shard[name]

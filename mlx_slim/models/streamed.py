@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -177,7 +177,7 @@ def batch_of(model: nn.Module, tokens_BT: mx.array) -> BlockBatch:
     return batch
 
 
-class Answers:
+class RowLogits:
     """Logits of a model on rows that passed its blocks; called with the tokens of one of them."""
 
     def __init__(self, model: nn.Module, batches: Iterable[BlockBatch]) -> None:
@@ -224,7 +224,7 @@ class Walk:
             _free(model, outside_blocks(model, dict(tree_flatten(model.parameters()))))  # pyright: ignore
 
     def blocks(self, name: str) -> Iterator[tuple[int, nn.Module]]:
-        """Yield number and block, its weights read; they are freed when the next is asked for."""
+        """Yield number and block, its weights read; they are freed before the next one."""
         blocks = structure.blocks(self.model)
         prefix = structure.blocks_path(self.model)
         for index, block in enumerate(tracked(blocks, name, "blocks")):
@@ -255,14 +255,14 @@ class Walk:
         """Return the logits of the rows, which passed all blocks, as a function of their tokens."""
         if self._whole:
             return self.model  # type: ignore[return-value]
-        return Answers(self.model if self._open is None else self._open(), self._batches)
+        return RowLogits(self.model if self._open is None else self._open(), self._batches)
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     return tree_flatten(module.parameters())  # type: ignore[return-value]
 
 
-def _free(model: nn.Module, tensors: dict[str, Any]) -> None:
+def _free(model: nn.Module, tensors: Iterable[str]) -> None:
     model.update(tree_unflatten([(name, mx.array([])) for name in tensors]))  # pyright: ignore
     mx.clear_cache()
 

@@ -28,7 +28,7 @@ from mlx_slim.models.logits import row_sums
 from mlx_slim.models.quantized import LayerFormat, use_fast_matmul
 from mlx_slim.models.route import refuse_entangled
 from mlx_slim.models.save import quantization_of
-from mlx_slim.models.streamed import Answers, BlockBatch
+from mlx_slim.models.streamed import BlockBatch, RowLogits
 from mlx_slim.progress import tracked
 from mlx_slim.quantization.apply import (
     QuantizeReport,
@@ -107,7 +107,7 @@ def quantize_blockwise(
             batch.pass_block(index)
     if judge is not None:
         with outside.as_it_was(model):
-            judge(Answers(model, judged))
+            judge(RowLogits(model, judged))
     if training.end_epochs:
         EndToEnd(model, batches, floats, outside, stored, training).run()
     model.freeze()
