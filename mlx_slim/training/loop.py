@@ -233,8 +233,7 @@ class Loop:
 
     def _exhausted(self) -> bool:
         """Whether validation has not improved for as long as ``early_stopping`` allows."""
-        patience = self.config.early_stopping
-        return patience is not None and self.state.since_best >= patience
+        return self.state.since_best >= (self.config.early_stopping or math.inf)
 
     def _due(self, every: int, last: bool) -> bool:
         return last or self.state.step % every == 0
