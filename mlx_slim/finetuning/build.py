@@ -109,8 +109,8 @@ def prepare_base(recipe: Recipe, *, lazy: bool = False) -> tuple[Loaded, Quantiz
     dtype = resolve_dtype(recipe.train.dtype)
     revision = recipe.revision
     if quantized is not None:
-        kept = {"revision": revision, "dtype": dtype, "lazy": lazy}
-        return load(recipe.model, transform=fit, **kept), quantized
+        options = {"revision": revision, "dtype": dtype, "lazy": lazy}
+        return load(recipe.model, transform=fit, **options), quantized
     loaded = load_base(
         recipe.model, below, revision=revision, dtype=dtype, transform=fit, lazy=lazy
     )

@@ -1,7 +1,7 @@
 """Whether the micro-batches of a run can share what their rows begin with, or why not.
 
-Invariant: what the recipe asks for and cannot have is said. Try it: ``mlx-slim train smollm2-lora
-train.prefix_sharing=true -o runs/try``.
+Invariant: what the recipe asks for and cannot have is a notice. Try it:
+``mlx-slim train smollm2-lora train.prefix_sharing=true -o runs/try``.
 """
 
 from __future__ import annotations

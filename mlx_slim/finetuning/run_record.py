@@ -1,6 +1,6 @@
 """What ``run.json`` says of a finished run.
 
-Invariant: it is written last, and holds what the run was asked for, what it was run with and how it
+Invariant: it is written last, and holds the recipe, what it was run with and how it
 ended. Try it: ``python -m pytest tests/finetuning/test_run.py``.
 """
 

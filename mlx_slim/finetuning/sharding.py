@@ -46,7 +46,7 @@ def why_not(recipe: Recipe) -> str:
             "adapter.pooled=true": adapter.pooled,
             "adapter.modules_to_save": bool(adapter.modules_to_save),
         }
-    return next((setting for setting, is_set in settings.items() if is_set), "")
+    return next((name for name, is_set in settings.items() if is_set), "")
 
 
 def resolve(
@@ -61,19 +61,19 @@ def resolve(
     recipe can be sharded.
 
     Raises:
-        SlimError: If ``full`` is asked for what cannot be sharded.
+        SlimError: If ``full`` is set for what cannot be sharded.
     """
     expected = expect(changed(recipe, {"train.shard": "none"}))
-    ranks, asked, reason = world().size(), recipe.train.shard, why_not(recipe)
-    if ranks == 1 or asked == "none":
+    ranks, setting, reason = world().size(), recipe.train.shard, why_not(recipe)
+    if ranks == 1 or setting == "none":
         return recipe, expected
-    if asked == "full" and reason:
+    if setting == "full" and reason:
         raise SlimError(
             f"train.shard=full: a model cannot be sharded with {reason}",
             "set train.shard=none, or leave that out",
         )
     whole = expected.predicted_peak_bytes
-    if asked == "auto":
+    if setting == "auto":
         over = all_gather_bytes(b"1" if whole > budget else b"0")
         if reason or b"1" not in over:
             return changed(recipe, {"train.shard": "none"}), expected

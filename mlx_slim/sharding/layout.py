@@ -65,42 +65,42 @@ def slice_of(shape: tuple[int, ...], ranks: int) -> Slice:
 
 
 @dataclass(frozen=True)
-class Counts:
+class SliceCounts:
     """What cutting a model came to.
 
     Attributes:
         tensors: That are cut.
         padded: Of these, those whose axis 0 the ranks do not divide.
         padding_bytes: Zeros that padding adds, over all ranks.
-        kept: Tensors that each rank holds whole.
-        kept_bytes: Of these, on each rank.
+        uncut: Tensors that each rank holds whole.
+        uncut_bytes: Of these, on each rank.
     """
 
     tensors: int
     padded: int
     padding_bytes: int
-    kept: int
-    kept_bytes: int
+    uncut: int
+    uncut_bytes: int
 
     def __str__(self) -> str:
         """Return one line for the log."""
-        kept = f"{self.kept} kept whole ({self.kept_bytes:,} bytes)"
+        uncut = f"{self.uncut} kept whole ({self.uncut_bytes:,} bytes)"
         padded = f"{self.padded} of them padded ({self.padding_bytes:,} bytes)"
-        return f"{self.tensors} tensors cut, {padded}; {kept}"
+        return f"{self.tensors} tensors cut, {padded}; {uncut}"
 
 
-def count(layout: Mapping[str, Slice], sizes: Mapping[str, int], ranks: int) -> Counts:
+def count(layout: Mapping[str, Slice], sizes: Mapping[str, int], ranks: int) -> SliceCounts:
     """Return the counts of ``layout``; ``sizes`` are the bytes of one number of each tensor."""
     cut = {path: one for path, one in layout.items() if one.rows}
     padding = {
         path: (one.rows * ranks - one.shape[0]) * math.prod(one.shape[1:]) * sizes[path]
         for path, one in cut.items()
     }
-    kept = {path: one for path, one in layout.items() if not one.rows}
-    return Counts(
+    uncut = {path: one for path, one in layout.items() if not one.rows}
+    return SliceCounts(
         tensors=len(cut),
         padded=sum(nbytes > 0 for nbytes in padding.values()),
         padding_bytes=sum(padding.values()),
-        kept=len(kept),
-        kept_bytes=sum(one.size * sizes[path] for path, one in kept.items()),
+        uncut=len(uncut),
+        uncut_bytes=sum(one.size * sizes[path] for path, one in uncut.items()),
     )

@@ -31,7 +31,7 @@ from mlx_slim.models.structure import blocks, blocks_path
 from mlx_slim.models.tensors import few
 from mlx_slim.runtime import all_gather_bytes
 from mlx_slim.sharding.collectives import Collectives
-from mlx_slim.sharding.layout import Counts, Slice, count, slice_of
+from mlx_slim.sharding.layout import Slice, SliceCounts, count, slice_of
 
 _UNIT = "_sharded_unit"
 
@@ -193,7 +193,7 @@ class ShardedModel:
         ranks = self.collectives.size
         self.layout = {path: slice_of(value.shape, ranks) for path, value in parameters.items()}
         sizes = {path: value.dtype.size for path, value in parameters.items()}
-        self.counts: Counts = count(self.layout, sizes, ranks)
+        self.counts: SliceCounts = count(self.layout, sizes, ranks)
         bad = []
         for path in list(parameters):
             value = self.cut(path, parameters.pop(path))
@@ -210,11 +210,11 @@ class ShardedModel:
         inside = blocks_path(model)
         prefixes = [f"{inside}.{number}." for number in range(len(blocks(model)))]
         for prefix, block in zip(prefixes, blocks(model), strict=True):
-            own = {
+            layout = {
                 p.removeprefix(prefix): s for p, s in self.layout.items() if p.startswith(prefix)
             }
             block.__class__ = _sharded_class(type(block))
-            setattr(block, _UNIT, _Unit(own, self.collectives, checkpointed))
+            setattr(block, _UNIT, _Unit(layout, self.collectives, checkpointed))
         self._outside = [p for p in self.layout if not p.startswith(f"{inside}.")]
 
     def cut(self, path: str, whole: mx.array) -> mx.array:
@@ -321,11 +321,11 @@ class ShardedModel:
 
     def norm(self, gradients: Mapping[str, mx.array]) -> mx.array:
         """Return the L2 norm over the whole gradients, of which each rank has slices."""
-        cut, kept = mx.array(0.0), mx.array(0.0)
+        cut, uncut = mx.array(0.0), mx.array(0.0)
         for path, value in gradients.items():
             flat = value.reshape(-1)
             if self.layout[path].rows:
                 cut = cut + flat @ flat
             else:
-                kept = kept + flat @ flat
-        return mx.sqrt(self.collectives.total(cut) + kept)
+                uncut = uncut + flat @ flat
+        return mx.sqrt(self.collectives.total(cut) + uncut)

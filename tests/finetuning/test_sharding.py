@@ -118,11 +118,11 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_shards_what_one_rank_cannot_hold(tiny: TinyModels, fits: bool, shard: str) -> None:
     model = tiny("llama")
     config = read_config(model)
-    asked = recipe(model, model, "full").recipe
-    whole = predict(config, asked).predicted_peak_bytes
+    small = recipe(model, model, "full").recipe
+    whole = predict(config, small).predicted_peak_bytes
     observer = Recorder()
     resolved, expected = sharding.resolve(
-        asked,
+        small,
         lambda each: predict(config, each, ranks=2),
         whole + 1 if fits else whole - 1,
         observer,
@@ -134,23 +134,23 @@ def test_auto_shards_what_one_rank_cannot_hold(tiny: TinyModels, fits: bool, sha
         assert not texts
     else:
         assert "sharded among 2 ranks" in texts[0] and "JACCL" in texts[0]
-        assert expected.breakdown["optimizer"] < predict(config, asked).breakdown["optimizer"]
+        assert expected.breakdown["optimizer"] < predict(config, small).breakdown["optimizer"]
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_full_is_refused_with_what_needs_whole_matrices(tiny: TinyModels) -> None:
     model = tiny("llama")
-    asked = recipe(model, model, "full", optimizer="muon", shard="full").recipe
+    small = recipe(model, model, "full", optimizer="muon", shard="full").recipe
     config = read_config(model)
     with pytest.raises(SlimError, match=r"cannot be sharded with train.optimizer=muon"):
-        sharding.resolve(asked, lambda each: predict(config, each), 1 << 40, Recorder())
+        sharding.resolve(small, lambda each: predict(config, each), 1 << 40, Recorder())
 
 
 def test_one_rank_is_never_sharded(tiny: TinyModels) -> None:
     model = tiny("llama")
-    asked = recipe(model, model, "full", shard="full").recipe
-    prediction = predict(read_config(model), asked)
-    resolved, expected = sharding.resolve(asked, lambda each: prediction, 1, Recorder())
-    assert resolved == asked
+    small = recipe(model, model, "full", shard="full").recipe
+    prediction = predict(read_config(model), small)
+    resolved, expected = sharding.resolve(small, lambda each: prediction, 1, Recorder())
+    assert resolved == small
     assert expected is prediction
     assert not sharding.shards(resolved)

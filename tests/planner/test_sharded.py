@@ -18,9 +18,9 @@ KINDS = {"weights": 1000, "gradients": 400, "optimizer": 800, "activations": 50,
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_slices_shrink_and_what_is_gathered_stays(tiny: TinyModels, method: str) -> None:
     model = tiny("llama")
-    asked = recipe(model, model, method).recipe
-    shapes = training_shapes(read_config(model), asked, resolve_dtype("auto"))
-    two, four = (among_ranks(KINDS, shapes, asked, ranks) for ranks in (2, 4))
+    small = recipe(model, model, method).recipe
+    shapes = training_shapes(read_config(model), small, resolve_dtype("auto"))
+    two, four = (among_ranks(KINDS, shapes, small, ranks) for ranks in (2, 4))
     assert (two["optimizer"], four["optimizer"]) == (400, 200)
     assert two["weights"] - four["weights"] == 250  # the gathered block stays
     assert four["weights"] > 1000 // 4

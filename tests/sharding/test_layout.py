@@ -49,5 +49,5 @@ def test_counts_padding_and_what_is_whole() -> None:
     layout = {path: slice_of(shape, 3) for path, shape in shapes.items()}
     counts = count(layout, dict.fromkeys(shapes, 4), 3)
     assert (counts.tensors, counts.padded, counts.padding_bytes) == (2, 1, 2 * 2 * 4)
-    assert (counts.kept, counts.kept_bytes) == (1, 8)
+    assert (counts.uncut, counts.uncut_bytes) == (1, 8)
     assert "1 of them padded (16 bytes)" in str(counts)

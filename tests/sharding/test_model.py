@@ -87,8 +87,7 @@ def test_files_are_whole_whoever_wrote_them(out: Path, folder: Path) -> None:
     arrays: dict[str, mx.array] = {}
     for file in folder.glob("*.safetensors"):
         arrays |= mx.load(str(file))  # type: ignore[operator,arg-type]
-    written = out / "model.safetensors"
-    slices: Any = mx.load(str(written))
+    slices: Any = mx.load(str(out / "model.safetensors"))
     assert arrays.keys() == slices.keys()
     assert all(mx.array_equal(arrays[path], slices[path]) for path in arrays)
     assert all(rank["files"] == {"same": True, "received": True} for rank in of_ranks(out))
