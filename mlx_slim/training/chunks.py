@@ -17,11 +17,7 @@ IDLE = 0.0  # the factor of a chunk that counts nothing
 
 
 @dataclass(frozen=True)
-<<<<<<<< HEAD:mlx_slim/training/chunks.py
 class Chunk:
-========
-class BatchChunk:
->>>>>>>> 5979182 (Names of sharded training are the field's):mlx_slim/training/batch_chunks.py
     """What is computed at a time.
 
     Attributes:
@@ -35,11 +31,7 @@ class BatchChunk:
     factor: float = 1.0
 
 
-<<<<<<<< HEAD:mlx_slim/training/chunks.py
 def in_step(chunks: list[Chunk], idle: Callable[[], Chunk]) -> list[Chunk]:
-========
-def in_step(chunks: list[BatchChunk], idle: Callable[[], BatchChunk]) -> list[BatchChunk]:
->>>>>>>> 5979182 (Names of sharded training are the field's):mlx_slim/training/batch_chunks.py
     """Return ``chunks`` and as many idle ones as make them those of the busiest rank.
 
     All ranks call it. An idle chunk is the last one once more, or ``idle()`` where there is none.
