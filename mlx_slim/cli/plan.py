@@ -169,7 +169,9 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     help="Between them: wifi, 1gbe, 10gbe, tb4, tb5, tb5-rdma, or measured: MB/s,µs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--table", "as_table", is_flag=True, help="Show which recipes fit which Macs.")
+@click.option(
+    "--table", "as_table", is_flag=True, help="Show which recipes fit which Macs, or gain from N."
+)
 @click.option("--macs", "as_macs", is_flag=True, help="List the Macs that --for takes.")
 def command(
     recipe: str | None,
@@ -190,8 +192,10 @@ def command(
         click.echo(json.dumps(as_records(), indent=2) if as_json else markdown())
         return
     if as_table:
+        from mlx_slim.planner.link_table import MAC, markdown
+
         with alive():
-            text = table()
+            text = table() if machines is None else markdown(machines, mac or MAC)
         click.echo(text)
         return
     if recipe is None:
