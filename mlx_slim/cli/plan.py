@@ -201,7 +201,7 @@ def command(
     if recipe is None:
         raise SlimError("no recipe is named", "mlx-slim recipes lists them")
     from mlx_slim.config.load import load_recipe
-    from mlx_slim.planner.run import plan
+    from mlx_slim.planner.run import plan, shapes_of_run
 
     refuse_model(recipe)
     if (machines is None) != (link is None):
@@ -219,7 +219,12 @@ def command(
     if machines is not None and link is not None:
         from mlx_slim.planner.links import parse_link, several_machines
 
-        several = several_machines(prediction, resolved.recipe, machines, parse_link(link))
+        parsed, slices = parse_link(link), None
+        if resolved.recipe.train.shard == "full":
+            with alive():
+                again, _ = plan(resolved.recipe, budget=budget, mac=mac, ranks=machines)
+            slices = again, shapes_of_run(resolved.recipe, again.dtype)
+        several = several_machines(prediction, resolved.recipe, machines, parsed, slices)
     if as_json:
         record = {"schema_version": 1, "recipe": resolved.name, **prediction.as_record()}
         click.echo(json.dumps({**record, **({"machines": several.as_record()} if several else {})}))
@@ -241,18 +246,20 @@ def _on_machines(several: SeveralMachines) -> str:
     """Return the lines about a run on several machines."""
     from mlx_slim.runtime import human_bytes
 
-    def span(one: Range, unit: str, digits: int = 2) -> str:
-        low, high = (f"{value:.{digits}g}" for value in (one.low, one.high))
+    def span(one: Range, unit: str) -> str:
+        each = (one.low, one.high)
+        low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.2g}" for value in each)
         return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
     gain = "" if several.speed_up is None else f"{span(several.speed_up, ' x as fast as one')}, "
     step = "" if several.step_seconds is None else f" of {span(several.step_seconds, ' s')} alone"
+    slices = ", a slice of the model" if several.sharded else ""
     rows = [
         ("machines", f"{several.machines} over {several.link}: {gain}{several.verdict}"),
         (
             "  each",
-            f"{human_bytes(several.peak_bytes)} of memory; sends {human_bytes(several.sent_bytes)} "
-            f"a step, {span(several.link_seconds, ' s')}{step}",
+            f"{human_bytes(several.peak_bytes)} of memory{slices}; sends "
+            f"{human_bytes(several.sent_bytes)} a step, {span(several.link_seconds, ' s')}{step}",
         ),
     ]
     return "\n".join(["", *(f"{label:<15}{text}" for label, text in rows)])

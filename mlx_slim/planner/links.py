@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.planner.memory import Prediction
+from mlx_slim.planner.shapes import TrainingShapes
 from mlx_slim.planner.time import Range
 from mlx_slim.ranks.collectives import gathered_bytes, summed_bytes
 from mlx_slim.reading import JsonObject
@@ -125,6 +126,28 @@ def traffic(trainable: int, machines: int) -> Traffic:
     )
 
 
+def sharded_traffic(shapes: TrainingShapes, machines: int, micro_batches: int) -> Traffic:
+    """Return what a rank sends in a step with ``train.shard=full``.
+
+    Each micro-batch gathers the blocks twice (forward, backward), embedding and head once, and sums
+    its gradients. Blocks are taken to be of the size of their weight matrices, and all weights of a
+    model to be stored alike.
+
+    Args:
+        shapes: Of the model under the recipe.
+        machines: Ranks.
+        micro_batches: That each rank computes in a step.
+    """
+    fraction = sum(block.linear for block in shapes.blocks) / shapes.parameters
+    inside = int(shapes.base_bytes * fraction) + shapes.adapter_bytes
+    outside = shapes.base_bytes - int(shapes.base_bytes * fraction)
+    gathered = gathered_bytes((2 * inside + outside) // machines, machines)
+    summed = summed_bytes(shapes.trainable_parameters, 4, machines)
+    # Large tensors travel alone: about seven matrices a block, gathered twice and summed once.
+    messages = len(shapes.blocks) * (2 * 8 * (machines - 1) + 8 * 2 * (machines - 1))
+    return Traffic(micro_batches * (gathered + summed), micro_batches * messages)
+
+
 @dataclass(frozen=True)
 class SeveralMachines:
     """A run on several machines.
@@ -132,7 +155,8 @@ class SeveralMachines:
     Attributes:
         machines: How many.
         link: Between them, as text.
-        peak_bytes: Memory of each: as alone, and a bucket of gradients twice.
+        peak_bytes: Memory of each: as alone, and a bucket of gradients twice; or of its slice.
+        sharded: Whether each holds a slice of the model.
         sent_bytes: What each sends in a step.
         link_seconds: Of a step, for that.
         step_seconds: Of a step on one machine; None where the rows cannot be counted.
@@ -143,6 +167,7 @@ class SeveralMachines:
     machines: int
     link: str
     peak_bytes: int
+    sharded: bool
     sent_bytes: int
     link_seconds: Range
     step_seconds: Range | None
@@ -159,6 +184,7 @@ class SeveralMachines:
             "machines": self.machines,
             "link": self.link,
             "predicted_peak_bytes": self.peak_bytes,
+            "sharded": self.sharded,
             "sent_bytes_per_step": self.sent_bytes,
             "link_seconds_per_step": pair(self.link_seconds),
             "step_seconds": pair(self.step_seconds),
@@ -168,7 +194,11 @@ class SeveralMachines:
 
 
 def several_machines(
-    prediction: Prediction, recipe: Recipe, machines: int, link: Link
+    prediction: Prediction,
+    recipe: Recipe,
+    machines: int,
+    link: Link,
+    sharded: tuple[Prediction, TrainingShapes] | None = None,
 ) -> SeveralMachines:
     """Return what ``machines`` alike make of a run that was predicted for one.
 
@@ -177,6 +207,7 @@ def several_machines(
         recipe: Of the run.
         machines: From 2.
         link: Between them.
+        sharded: With ``train.shard=full``: the prediction of one of the ranks, and its shapes.
 
     Raises:
         SlimError: If the number cannot be used.
@@ -187,6 +218,8 @@ def several_machines(
             "leave it out for one machine",
         )
     load = traffic(prediction.trainable_parameters, machines)
+    if sharded is not None:
+        load = sharded_traffic(sharded[1], machines, max(1, recipe.train.accumulate // machines))
     on_link, step = link.seconds(load.sent, load.messages), _step_seconds(prediction, recipe)
     gain = None
     if step is not None:
@@ -195,10 +228,12 @@ def several_machines(
             1 / (1 / machines + on_link.low / step.high),
         )
     bucket = min(4 * prediction.trainable_parameters, BUCKET)
+    peak = prediction.predicted_peak_bytes + 2 * bucket
     return SeveralMachines(
         machines=machines,
         link=str(link),
-        peak_bytes=prediction.predicted_peak_bytes + 2 * bucket,
+        peak_bytes=peak if sharded is None else sharded[0].predicted_peak_bytes,
+        sharded=sharded is not None,
         sent_bytes=load.sent,
         link_seconds=on_link,
         step_seconds=step,

@@ -15,7 +15,7 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.planner import macs, time
 from mlx_slim.planner.memory import Measurement, Prediction, predict
-from mlx_slim.planner.shapes import training_shapes
+from mlx_slim.planner.shapes import TrainingShapes, training_shapes
 from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.students import predict_run
 from mlx_slim.planner.suggest import changed
@@ -28,7 +28,7 @@ from mlx_slim.planner.work import (
     operations,
     predicted_seconds,
 )
-from mlx_slim.runtime import on_gpu, parse_size, resolve_dtype
+from mlx_slim.runtime import DTYPES, on_gpu, parse_size, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def plan(
     budget: str | int | None = None,
     mac: str | None = None,
     probe: Callable[[Recipe], Probe] | None = None,
+    ranks: int = 1,
 ) -> tuple[Prediction, str]:
     """Predict the cost of ``recipe``; return it, and where the shapes are from, as text.
 
@@ -68,6 +69,7 @@ def plan(
         budget: Bytes or a size such as ``16GB``; None takes the Mac's, or ``memory.budget``.
         mac: Plan for this Mac (``m2-16gb``) instead of this machine; its time is a range, estimated
             from its published peak.
+        ranks: Of the run: what ``train.shard=full`` cuts the model among.
         probe: Takes real steps of the largest batch on this machine; None only predicts.
 
     Raises:
@@ -86,7 +88,8 @@ def plan(
     work = expected_work(recipe)  # refuses rows that training would refuse
 
     def prediction(speed: Speed | None = None, **device: Any) -> Prediction:
-        return predict_run(config, recipe, budget=limit, speed=speed, work=work, **device)
+        device |= {"budget": limit, "speed": speed, "work": work, "ranks": ranks}
+        return predict_run(config, recipe, **device)
 
     counted = prediction(suggest=False) if distill is not None and recipe.has_rounds else None
     if counted is not None and "teachers" not in counted.breakdown:
@@ -110,6 +113,15 @@ def plan(
     shapes = training_shapes(config, recipe, dtype)
     seconds = predicted_seconds(operations(shapes, recipe, batch), speed, gpu=on_gpu())
     return _corrected(predicted, measured, measured.seconds_per_batch / seconds), note
+
+
+def shapes_of_run(recipe: Recipe, dtype: str) -> TrainingShapes:
+    """Return the sizes of a recipe's model, computed in ``dtype``.
+
+    Raises:
+        SlimError: If its configuration cannot be read.
+    """
+    return training_shapes(model_config(recipe)[0], recipe, DTYPES[dtype])
 
 
 def _corrected(predicted: Prediction, measured: Probe, slower: float) -> Prediction:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
 
+from mlx_slim.ranks.collectives import gathered_bytes, summed_bytes
+from mlx_slim.ranks.state import state
 from mlx_slim.sharding.layout import Slice
 
 # A tensor of this many bytes travels alone, without a copy; smaller ones of one dtype travel in one
@@ -99,10 +101,12 @@ class Collectives:
         return mx.distributed.all_sum(value, group=self._group, stream=mx.cpu)
 
     def _all_gather(self, value: mx.array, after: Sequence[mx.array]) -> mx.array:
+        state.sent["slices"] += gathered_bytes(value.nbytes, self.size)
         value = self._ordered(value, after)
         return self._done(mx.distributed.all_gather(value, group=self._group, stream=mx.cpu))
 
     def _all_sum(self, value: mx.array, after: Sequence[mx.array]) -> mx.array:
+        state.sent["gradients"] += summed_bytes(value.size, value.itemsize, self.size)
         value = self._ordered(value, after)
         return self._done(mx.distributed.all_sum(value, group=self._group, stream=mx.cpu))
 

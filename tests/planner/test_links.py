@@ -104,14 +104,28 @@ def test_how_many_machines(machines: int) -> None:
 def test_the_command_prints_it() -> None:
     words = ["tinyllama-lora", "--for", "m2-16gb", "--machines", "2", "--link", "tb4"]
     done = CliRunner().invoke(command, words, catch_exceptions=False)
-    lines = [line for line in done.output.splitlines() if line.startswith(("machines", "  each"))]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("machines", "  each"))]
     assert lines[0].startswith("machines       2 over tb4, 660 to 2,050 MB/s, 50 to 300 µs: ")
     assert "sends" in lines[1]
     done = CliRunner().invoke(command, [*words, "--json"], catch_exceptions=False)
-    record = json.loads(done.output)["machines"]
+    record = json.loads(done.stdout)["machines"]
     assert record["machines"] == 2
-    trainable = json.loads(done.output)["trainable_parameters"]
+    trainable = json.loads(done.stdout)["trainable_parameters"]
     assert record["sent_bytes_per_step"] == traffic(trainable, 2).sent
+
+
+def test_slices_need_less_memory_and_send_more() -> None:
+    words = ["mistral-lora", "--for", "m4-max-128gb", "--machines", "2", "--link", "tb5"]
+    whole, sliced = (
+        json.loads(
+            CliRunner().invoke(command, [*words, *more, "--json"], catch_exceptions=False).stdout
+        )["machines"]
+        for more in ([], ["train.shard=full"])
+    )
+    assert (whole["sharded"], sliced["sharded"]) == (False, True)
+    assert sliced["predicted_peak_bytes"] < 0.75 * whole["predicted_peak_bytes"]
+    assert sliced["sent_bytes_per_step"] > 100 * whole["sent_bytes_per_step"]
+    assert sliced["speed_up"][1] < whole["speed_up"][0]
 
 
 @pytest.mark.parametrize("words", [["--machines", "2"], ["--link", "tb4"]])

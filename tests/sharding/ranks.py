@@ -18,6 +18,7 @@ from mlx_slim.adapters.inject import inject
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
 from mlx_slim.models.load import open_weights, read_weights
 from mlx_slim.quantization.apply import quantize_model
+from mlx_slim.ranks.state import state
 from mlx_slim.runtime import memory_limits, world
 from mlx_slim.sharding.files import read_slices, receive_slices, write_whole
 from mlx_slim.sharding.model import ShardedModel
@@ -62,10 +63,12 @@ def compare(folder: Path, method: str) -> dict[str, float]:
         sharded.gather_trained()
         return loss(model, tokens_BT)
 
+    before = state.sent.copy()
     with sharded.outside_blocks(trained=False):
         value, gradients = nn.value_and_grad(model, sharded_loss)(model, rows)
         mx.eval(value, gradients)
     record["peak"] = mx.get_peak_memory() - start
+    record |= {f"sent_{what}": state.sent[what] - before[what] for what in ("slices", "gradients")}
     slices = dict(tree_flatten(gradients))
     record["norm"] = float(sharded.norm(slices))
     model.eval()

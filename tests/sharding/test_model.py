@@ -12,6 +12,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_slim.config.load import from_values
+from mlx_slim.models.load import read_config
+from mlx_slim.planner.links import sharded_traffic
+from mlx_slim.planner.shapes import training_shapes
 from tests.support.runs import run_script
 from tests.support.tiny import tiny_model
 
@@ -59,6 +63,21 @@ def test_gradients_are_those_of_one_rank(out: Path, method: str) -> None:
         assert measured["gradient"] < 2e-6 * measured["norm"]
         assert measured["evaluated"] == pytest.approx(measured["reference"], rel=1e-6)
     assert len({rank[method]["norm"] for rank in of_ranks(out)}) == 1
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_bytes_that_a_rank_sends_are_those_of_the_planner(
+    out: Path, folder: Path, method: str
+) -> None:
+    values = {"model": str(folder), "method": method, "data": {"path": "rows"}}
+    values |= {"adapter": {"rank": 4, "dropout": 0.0}, "quantize": {"group_size": 32}}
+    recipe = from_values(values, "sharded", "test").recipe
+    shapes = training_shapes(read_config(folder), recipe, mx.float32)
+    predicted = sharded_traffic(shapes, RANKS, 1).sent
+    for rank in of_ranks(out):
+        sent = rank[method]["sent_slices"] + rank[method]["sent_gradients"]
+        # Three ranks divide neither 160 rows nor a rank of 4: padded; norms are gathered twice.
+        assert predicted < sent < 1.05 * predicted
 
 
 def block_bytes(folder: Path) -> int:
