@@ -31,7 +31,7 @@ FLOORS = (
     {"claims", "run_dir"},
     {"blas"},
     {"config", "runtime", "power"},
-    {"distributed"},
+    {"agreement"},
     {"pages", "plot_records"},
     {"plots"},
     {"data", "models"},

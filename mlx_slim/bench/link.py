@@ -15,9 +15,9 @@ from statistics import median
 import mlx.core as mx
 
 from mlx_slim import artifacts, runtime
+from mlx_slim.agreement import differences, gather, machine, on_every_rank
 from mlx_slim.bench.machine import device
 from mlx_slim.config.load import load_recipe
-from mlx_slim.distributed.agreement import differences, gather, machine, on_every_rank
 from mlx_slim.finetuning.rank_facts import rank_facts, version_facts
 from mlx_slim.models.load import read_config
 from mlx_slim.planner.shapes import training_shapes

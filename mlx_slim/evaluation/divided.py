@@ -20,9 +20,9 @@ from mlx.utils import tree_unflatten
 from mlx_slim import runtime
 from mlx_slim.adapters.stack import Weighted, used_folders
 from mlx_slim.adapters.unread import merge_unread
+from mlx_slim.agreement import first, on_every_rank, rank_memory, refuse_differences
 from mlx_slim.artifacts import hash_json, provenance
 from mlx_slim.config.parallel import Parallel
-from mlx_slim.distributed.agreement import first, on_every_rank, rank_memory, refuse_differences
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
 from mlx_slim.models.load import Loaded, constants, model_files, read_config, read_weights, resolve
@@ -122,7 +122,7 @@ def answering_split(
 def announce(model: Any, prompt: JsonObject | None) -> None:
     """Send a prompt to the other ranks of a divided ``model``, which ``follow``; None ends that."""
     if divided_by(model) is not None and leads():
-        first(prompt)
+        first(prompt, patient=True)
 
 
 def rank_bytes(sizes: Mapping[str, int]) -> int:

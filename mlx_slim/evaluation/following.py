@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_slim.distributed.agreement import first
+from mlx_slim.agreement import first
 from mlx_slim.evaluation.chat import ChatSession
 from mlx_slim.evaluation.divided import announce
 from mlx_slim.models.parallel import divided_by
@@ -19,7 +19,7 @@ from mlx_slim.runtime import leads
 
 def follow(session: ChatSession) -> None:
     """Compute the answers that rank 0 announces, until it has no more."""
-    while (prompt := first(None)) is not None:
+    while (prompt := first(None, patient=True)) is not None:
         for _ in session.stream(**prompt):
             pass
 

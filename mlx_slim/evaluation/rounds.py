@@ -40,8 +40,8 @@ def rounds(job: ScoringJob, engine: Engine, done: int) -> Iterator[tuple[list[by
             packed = _pack(job.compute(chunks[begin], engine))
         elif group.rank() < count:
             packed = _pack(job.compute(chunks[begin + group.rank()], engine))
-        gathered = runtime.all_gather_bytes(packed if group.rank() < count else b"")[:count]
-        yield gathered, (time.perf_counter() - began) / count
+        gathered = runtime.all_gather_bytes(packed if group.rank() < count else b"", patient=True)
+        yield gathered[:count], (time.perf_counter() - began) / count
 
 
 def _pack(computed: Computed) -> bytes:

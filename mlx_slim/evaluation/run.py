@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlx_slim import artifacts, events, runtime
-from mlx_slim.distributed.agreement import on_every_rank, refuse_differences
+from mlx_slim.agreement import on_every_rank, refuse_differences
 from mlx_slim.evaluation.divided import shared_memory
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.plan import find_targets, result_folders

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_slim import artifacts, events, progress, runtime
 from mlx_slim.adapters.stack import Weighted, load_adapters, used_folders
-from mlx_slim.distributed.agreement import first, gather, on_every_rank
+from mlx_slim.agreement import first, gather, on_every_rank
 from mlx_slim.evaluation.divided import load_divided
 from mlx_slim.evaluation.figures import Summary
 from mlx_slim.evaluation.jobs import Engine, ScoringJob, TaskJob

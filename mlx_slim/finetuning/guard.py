@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_slim.agreement import refuse_differences
 from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distributed.agreement import refuse_differences
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 from mlx_slim.planner.memory import Prediction

@@ -8,9 +8,9 @@ what differs. One rank reads nothing here. Try it:
 from __future__ import annotations
 
 from mlx_slim import runtime
+from mlx_slim.agreement import on_every_rank, refuse_differences
 from mlx_slim.artifacts import hash_json, provenance
 from mlx_slim.config.schema import Recipe
-from mlx_slim.distributed.agreement import on_every_rank, refuse_differences
 from mlx_slim.finetuning.contents import contents
 from mlx_slim.models.load import model_hash, resolve
 from mlx_slim.reading import JsonObject

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim.distributed.agreement import gather
+from mlx_slim.agreement import gather
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.runtime import world
@@ -49,26 +49,31 @@ def why_not(model: nn.Module, how: Split, ranks: int) -> SlimError | None:
         how: By heads and neurons, or by blocks.
         ranks: How many.
     """
-    kind = type(model).__module__.rpartition(".")[2]
+    refusal = _problem(model, how, ranks)
+    if refusal is None:
+        return None
+    message, hint = refusal
     other: Split = "pipeline" if how == "tensor" else "tensor"
+    if _problem(model, other, ranks) is None:
+        hint = f"{hint}; or try --parallel {other}" if hint else f"try --parallel {other}"
+    return SlimError(message, hint or "each rank needs the whole model: start one rank")
+
+
+def _problem(model: nn.Module, how: Split, ranks: int) -> tuple[str, str] | None:
+    """Return what is wrong with dividing ``model`` so, and which number of ranks would do."""
     if not can_split(model, how):
-        hint = "each rank needs the whole model: --parallel data, or one rank"
-        if can_split(model, other):
-            hint = f"try --parallel {other}"
-        return SlimError(f"mlx-lm's {kind} has no {how} parallelism", hint)
+        return f"mlx-lm's {type(model).__module__.rpartition('.')[2]} has no {how} parallelism", ""
     if how == "pipeline":
         blocks = len(structure.blocks(model))
-        if ranks <= blocks:
-            return None
-        return SlimError(f"{ranks} ranks cannot divide {blocks} blocks", f"start {blocks} at most")
+        short = f"{ranks} ranks cannot divide {blocks} blocks"
+        return (short, f"start {blocks} at most") if ranks > blocks else None
     sizes = _sizes(structure.blocks(model)[0])
-    if not (odd := [f"{count:,} {name}" for name, count in sizes.items() if count % ranks]):
+    odd = [f"{count:,} {name}" for name, count in sizes.items() if count % ranks]
+    if not odd:
         return None
     counts = ", ".join(map(str, rank_counts(model)))
     hint = f"ranks that divide it: {counts}" if counts else "no number of ranks divides it"
-    if can_split(model, other):
-        hint += f"; or try --parallel {other}"
-    return SlimError(f"{ranks} ranks do not divide the {', '.join(odd)} of this model", hint)
+    return f"{ranks} ranks do not divide the {', '.join(odd)} of this model", hint
 
 
 def rank_counts(model: nn.Module) -> list[int]:

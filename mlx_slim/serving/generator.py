@@ -1,8 +1,7 @@
 """mlx-lm's generation thread with this package's models: loading, adapters, limits.
 
 Invariant: the weights are in memory once, and only in this thread; a request that mlx-lm cannot
-finish ends by itself, not with the thread; a kept prompt cache holds exactly the tokens of its key.
-Used by ``serving/run.py``.
+finish ends by itself, not with the thread. Used by ``serving/run.py``.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.server import CompletionRequest, GenerationArguments, ModelProvider, ResponseGenerator
 
 from mlx_slim import runtime
 from mlx_slim.adapters.store import adapter_hash
+from mlx_slim.agreement import gather
 from mlx_slim.data.tokenize import check_ids
-from mlx_slim.distributed.agreement import gather
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import ChatSession, open_session
 from mlx_slim.evaluation.draft import DraftCount, DraftFigures, seconds_without_draft
@@ -38,6 +37,7 @@ from mlx_slim.serving.mlx_lm_options import (
 )
 from mlx_slim.serving.names import ServedNames
 from mlx_slim.serving.options import ServeOptions
+from mlx_slim.serving.prompt_cache import PromptCache
 from mlx_slim.serving.ranks import END, LeaderEndedError, agreed_tokens
 from mlx_slim.serving.stops import until_stop
 
@@ -338,39 +338,3 @@ class _Prompts:
     def encode(self, text: str) -> list[int]:
         """Return the prompt of a text."""
         return self._session.text_ids(text)
-
-
-class PromptCache(LRUPromptCache):
-    """Prompt caches by their tokens, the last of which is always computed anew.
-
-    mlx-lm's speculative decoding leaves the model's cache and the draft's behind the tokens by
-    different numbers; here all are cut to the shortest, and the key with them.
-    """
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """Return a copy of the cache of the longest prefix, and the tokens after it."""
-        if len(tokens) < 2:
-            return None, tokens
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-        return (None, tokens) if cache is None else (cache, [*rest, tokens[-1]])
-
-    def insert_cache(
-        self,
-        model: Any,
-        tokens: list[int],
-        prompt_cache: list[Any],
-        *,
-        cache_type: str = "assistant",
-    ) -> None:
-        """Keep a cache, if it can be cut to the tokens that are in all of its layers."""
-        offsets = [getattr(cache, "offset", None) for cache in prompt_cache]
-        lengths = [n for n in offsets if isinstance(n, int)]
-        length = min([*lengths, len(tokens)])
-        if length < len(tokens) and len(lengths) < len(offsets):
-            return  # a state that is not keys and values stands behind all tokens
-        for cache, offset in zip(prompt_cache, offsets, strict=True):
-            cut = offset - length if isinstance(offset, int) else 0
-            if cut and (not cache.is_trimmable() or cache.trim(cut) != cut):
-                return
-        if length:
-            super().insert_cache(model, tokens[:length], prompt_cache, cache_type=cache_type)

@@ -16,7 +16,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from mlx_slim import runtime
-from mlx_slim.distributed.agreement import on_every_rank
+from mlx_slim.agreement import on_every_rank
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import one_line
 from mlx_slim.serving.generator import Generator, Provider

@@ -22,9 +22,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_slim.adapters.stack import load_adapters, parse_adapters, used_folders
+from mlx_slim.agreement import rank_memory, refuse_differences
 from mlx_slim.bench.link import compare_ranks
 from mlx_slim.config.load import load_recipe
-from mlx_slim.distributed.agreement import rank_memory, refuse_differences
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.divided import chosen_split, load_divided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def test_a_rank_holds_its_part_and_one_tensor(cases: list[dict[str, Case]], name
 def test_a_stage_reads_its_own_blocks_only(cases: list[dict[str, Case]]) -> None:
     for rank in cases:
         one = rank["pipeline"]
-        assert one["part"] <= one["read"] <= 1.02 * one["part"] + 100_000  # config, tokenizer
+        # its blocks, config and tokenizer; and one block's MLP, to try a CPU's forward pass
+        assert one["part"] <= one["read"] <= 1.02 * one["part"] + 3 * one["largest"] + 100_000
 
 
 def test_the_other_ranks_follow_rank_0(cases: list[dict[str, Case]]) -> None:
@@ -110,7 +112,7 @@ def test_ranks_agree_before_they_compute(cases: list[dict[str, Case]]) -> None:
 def test_ranks_with_other_rows_are_refused(cases: list[dict[str, Case]]) -> None:
     first, second = (rank["unlike"] for rank in cases)
     assert first["train"].startswith("the ranks disagree on the recipe, the rows ")
-    assert "the rows: rank 0: " in first["train"]
+    assert re.search(r"the rows: rank 0: \w{12}; rank 1: \w{12}$", first["train"])
     assert second["train"] == "exit 2"
 
 

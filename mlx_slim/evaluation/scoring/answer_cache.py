@@ -27,7 +27,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from mlx_slim.distributed.agreement import gather
+from mlx_slim.agreement import gather
 from mlx_slim.evaluation.scoring.footprint import Footprint
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close

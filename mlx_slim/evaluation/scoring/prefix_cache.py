@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_slim.distributed.agreement import gather
+from mlx_slim.agreement import gather
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.parallel import divided_by, largest

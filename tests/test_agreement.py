@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_slim.distributed.agreement import (
+from mlx_slim.agreement import (
     differences,
     first,
     gather,

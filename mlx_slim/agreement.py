@@ -8,6 +8,7 @@ all of them, and one of them says why. One rank pays nothing. Try it:
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,14 +22,18 @@ _T = TypeVar("_T")
 _MOST_DIFFERENCES = 6
 
 
-def gather(value: Any) -> list[Any]:
-    """Return what every rank gave (JSON), in the order of ranks."""
-    return [json.loads(one) for one in runtime.all_gather_bytes(json.dumps(value).encode())]
+def gather(value: Any, *, patient: bool = False) -> list[Any]:
+    """Return what every rank gave (JSON), in the order of ranks.
+
+    ``patient``: a rank may work alone for long before it comes.
+    """
+    data = json.dumps(value).encode()
+    return [json.loads(one) for one in runtime.all_gather_bytes(data, patient=patient)]
 
 
-def first(value: Any) -> Any:
-    """Return rank 0's ``value`` (JSON) on every rank."""
-    return gather(value)[0]
+def first(value: Any, *, patient: bool = False) -> Any:
+    """Return rank 0's ``value`` (JSON) on every rank; ``patient`` as in ``gather``."""
+    return gather(value, patient=patient)[0]
 
 
 def on_every_rank(work: Callable[[], _T]) -> _T:
@@ -44,7 +49,7 @@ def on_every_rank(work: Callable[[], _T]) -> _T:
         done.append(work())
     except SlimError as error:
         failure = error
-    rows = gather([failure.exit_code, failure.message] if failure else [0, ""])
+    rows = gather([failure.exit_code, failure.message] if failure else [0, ""], patient=True)
     failed = [rank for rank, (code, _) in enumerate(rows) if code]
     if not failed:
         return done[0]
@@ -112,10 +117,14 @@ def differences(rows: list[JsonObject]) -> list[tuple[str, str]]:
         for rank, row in enumerate(rows):
             value = row.get(name)
             text = value if isinstance(value, str) else json.dumps(value)
-            values.setdefault(text, []).append(rank)
+            values.setdefault(_short(text), []).append(rank)
         if len(values) > 1:
             problems.append((name, "; ".join(f"{_ranks(who)} {v}" for v, who in values.items())))
     return problems
+
+
+def _short(text: str) -> str:
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -1,1 +1,0 @@
-"""Several processes of one command, one a machine: what they agree on before they compute."""

@@ -1,1 +1,0 @@
-"""Tests of what several ranks agree on."""
