@@ -388,5 +388,5 @@ def sweep(
         chosen,
         listener,
         resume=resume,
-        processes=chosen.workers > 1,
+        processes=chosen.several,
     )

@@ -1,22 +1,24 @@
 """Processes of this program that work in one folder at a time, and end with this one.
 
 Invariant: each holds the folder's lock too, so a folder is in use as long as one of them lives; a
-signal to this process reaches all of them, once, and it waits until their state is saved. Used by
-``compare`` (a cell a process) and ``sweep`` (a trial a process). Try it: ``mlx-slim compare
-matrix-tiny -o runs/tiny``, then Ctrl-C.
+signal to this process reaches all of them, once, and it waits until their state is saved; when this
+process is killed, their standard input closes and they end. Used by ``cluster/pool.py``. Try it:
+``mlx-slim compare matrix-tiny -o runs/tiny``, then Ctrl-C.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Sequence
 
 from mlx_slim.errors import Interrupted
-from mlx_slim.interrupts import SignalFlag
+from mlx_slim.interrupts import ENDS_WITH_INPUT, SignalFlag
 
+MEMORY_VARIABLE = "MLX_SLIM_MEMORY"  # bytes that a process may use, whatever its recipe says
 _POLL = 0.05  # seconds between polls
 
 
@@ -52,9 +54,14 @@ class Children:
         """Return how many have not been waited for."""
         return len(self._running)
 
-    def start(self, name: str, command: Sequence[str]) -> None:
-        """Start a process."""
-        self._running[name] = subprocess.Popen([*command], pass_fds=[self._descriptor])
+    def start(self, name: str, command: Sequence[str], memory: int = 0) -> None:
+        """Start a process that may use ``memory`` bytes; 0 is not limited."""
+        self._running[name] = subprocess.Popen(
+            [*command],
+            pass_fds=[self._descriptor],
+            stdin=subprocess.PIPE,
+            env=child_environment(memory),
+        )
 
     def wait(self) -> tuple[str, int]:
         """Return the name and the exit code (negative: killed by that signal) of one that ended.
@@ -84,12 +91,20 @@ class Children:
         for name, process in self._running.items():
             if (code := process.poll()) is not None:
                 del self._running[name]
+                if process.stdin is not None:
+                    process.stdin.close()
                 return name, code
         return None
 
     def _terminate(self) -> None:
         for process in self._running.values():
             process.terminate()
+
+
+def child_environment(memory: int = 0) -> dict[str, str]:
+    """Return the environment of a process that ends with this one and may use ``memory`` bytes."""
+    limit = {MEMORY_VARIABLE: str(memory)} if memory else {}
+    return {**os.environ, ENDS_WITH_INPUT: "1", **limit}
 
 
 def exit_reason(code: int) -> str:

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME = 0.5  # seconds in which several signals are one: a terminal and a parent both send theirs
 
+ENDS_WITH_INPUT = "MLX_SLIM_ENDS_WITH_INPUT"  # set by a parent that holds the standard input open
+
 _Handler = Callable[[int, FrameType | None], Any]
 _Listener = TypeVar("_Listener", bound="SignalFlag")
 
@@ -134,3 +136,21 @@ def deferred_signals() -> Iterator[None]:
     finally:
         if held:
             signal.raise_signal(held[0])
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does, where the parent asks for it; call it once.
+
+    The parent holds a pipe open that nobody writes to. When it is killed the pipe closes: this
+    process ends as if it were killed too, so that whoever takes the work over finds nobody there.
+    """
+    if os.environ.pop(ENDS_WITH_INPUT, None) is None:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1 << 10):
+                pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()

@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlx_slim.interrupts import deferred_signals
 TAG = ".mlx-slim-"
 _FOLDER = re.compile(r"\.(.+)\.mlx-slim-tmp")
 _FILE = re.compile(r"\.(.+)\.mlx-slim-[0-9a-f]{8}(\.[^.]*)?")
+_TURN = 0.2  # seconds between looks at a lock that another process holds
 _LOCK, NEW, OLD, GONE, INPUTS = "lock", "new", "old", "gone", "inputs"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
@@ -216,6 +218,20 @@ def _begin(path: Path) -> TemporaryFolder:
             )
         settle(work)
         return work
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Work on the output ``path`` when no other process does: wait for the one that does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}{TAG}turn")
+    while (lock := acquire(file)) is None:
+        time.sleep(_TURN)
+    try:
+        yield
+    finally:
+        lock.path.unlink(missing_ok=True)
+        lock.release()
 
 
 def in_use(path: Path) -> SlimError:

@@ -24,6 +24,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_slim import blas
+from mlx_slim.children import MEMORY_VARIABLE
 from mlx_slim.errors import SlimError
 from mlx_slim.ranks import collectives, watch
 from mlx_slim.reading import JsonObject
@@ -258,10 +259,13 @@ def parse_duration(text: str) -> float:
 
 
 def memory_budget(setting: str | int) -> int:
-    """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device."""
-    if setting == "auto":
-        return int(device_memory() * AUTO_FRACTION)
-    return parse_size(setting)
+    """Return the budget in bytes of a recipe's ``memory.budget``: ``auto`` is 90% of the device.
+
+    A process that another one started with ``MLX_SLIM_MEMORY`` bytes gets no more than these.
+    """
+    budget = int(device_memory() * AUTO_FRACTION) if setting == "auto" else parse_size(setting)
+    most = os.environ.get(MEMORY_VARIABLE)
+    return min(budget, parse_size(most)) if most else budget
 
 
 def hub_offline() -> bool:

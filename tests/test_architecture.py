@@ -38,7 +38,7 @@ FLOORS = (
     {"adapters"},
     {"quantization", "sharding"},
     {"training", "evaluation", "analyze", "export"},
-    {"planner", "serving"},
+    {"planner", "serving", "cluster"},
     {"finetuning"},
     {"distillation", "preferences"},
     {"rewards"},

@@ -6,18 +6,19 @@ Try it: ``mlx-slim compare matrix-tiny --dry-run``.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_slim.children import Children
 from mlx_slim.cli.options import options_of
+from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.compare.options import CompareOptions
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
+from mlx_slim.run_dir import RunDir, option_words
 
 if TYPE_CHECKING:
+    from mlx_slim.cluster.jobs import Job
     from mlx_slim.compare.matrix import Cell, MatrixPlan
 
 
@@ -40,66 +41,60 @@ def command(
     """
     from mlx_slim.config import library
 
+    options = CompareOptions(**chosen)
+    if options.only is not None:
+        _one(out, matrix, options.only, quiet)
+        return
     if matrix is None:
         click.echo("\n".join(library.names("matrices")))
         return
     from mlx_slim.compare.matrix import load_matrix
 
-    options = CompareOptions(**chosen)
     layout = load_matrix(matrix, overrides, limit=options.limit)
-    for notice in (
-        layout.notices if options.only is None else ()
-    ):  # the cells' processes read it too
+    for notice in layout.notices:
         click.echo(f"note: {notice}", err=True)
     folder = out or Path("runs") / layout.name
     if options.dry_run:
         _show_plan(layout)
         return
-    if options.only is not None:
-        _one(layout, folder, options.only, quiet)
-        return
     words = ["compare", matrix, *overrides]
     words += [] if options.limit is None else ["--limit", str(options.limit)]
+    words += option_words(PoolOptions(options.workers, options.cluster))
     words += ["--quiet"] if quiet else []
-    _run(layout, folder, words, options.resume)
+    _run(layout, folder, words, options, quiet)
 
 
-def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> None:
+def _run(
+    layout: MatrixPlan, folder: Path, words: list[str], options: CompareOptions, quiet: bool
+) -> None:
     from mlx_slim.cli.report import show
+    from mlx_slim.cluster.pool import pool_of
     from mlx_slim.compare import runner
-    from mlx_slim.reading import read_object
-    from mlx_slim.run_dir import RunDir
-    from mlx_slim.runtime import human_seconds
+    from mlx_slim.compare.cell_job import cell_job
+    from mlx_slim.runtime import human_seconds, memory_budget
 
     for name, why in layout.refused:
         click.echo(f"warning: {name} cannot run: {why}", err=True)
     run_dir = RunDir(folder, runner.MATRIX)
-    with run_dir.claim(resume=resume) as claimed:
+    budget = memory_budget(layout.matrix.budget)
+    with run_dir.claim(resume=options.resume) as claimed:
         if claimed.note:
             click.echo(claimed.note)
-        cells = runner.prepare(layout, folder, resume)
+        with pool_of(folder, claimed.descriptor, options, budget, click.echo) as pool:
+            if layout.matrix.budget == "auto":
+                budget = pool.budget  # of the largest worker
+            cells, lines = runner.prepare(layout, folder, options.resume, budget)
 
-        def launch(cell: Cell) -> tuple[int, str]:
-            command = [
-                sys.executable,
-                "-m",
-                "mlx_slim",
-                *words,
-                "-o",
-                str(folder),
-                "--only",
-                cell.name,
-            ]
-            note = folder / "failed" / f"{cell.name}.json"
-            note.unlink(missing_ok=True)
-            code = _exit_code(cell.name, command, claimed.descriptor)
-            return code, read_object(note, reason=str)["reason"] if note.exists() else ""
+            def job_of(cell: Cell) -> Job:
+                memory = lines[cell.name].memory
+                silent = quiet or options.several
+                return cell_job(layout, cell, folder, memory, far=pool.far, quiet=silent)
 
-        def begun(number: int, cell: Cell) -> None:
-            click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")
+            def begun(number: int, cell: Cell) -> None:
+                click.echo(f"\n── cell {number} of {len(cells)}: {cell.name}")
 
-        with run_dir.resumable(lambda: words):
-            ran = runner.run(cells, folder, launch, begun)
+            with run_dir.resumable(lambda: words):
+                ran = runner.run(cells, folder, pool, job_of, begun)
     for name, why in ran.failed:
         click.echo(f"warning: {name} failed: {why}", err=True)
     click.echo(f"\n{len(ran.complete)} of {len(cells)} cells in {human_seconds(ran.seconds)}")
@@ -112,29 +107,22 @@ def _run(layout: MatrixPlan, folder: Path, words: list[str], resume: bool) -> No
         )
 
 
-def _exit_code(name: str, command: list[str], descriptor: int) -> int:
-    """Run a cell's process, which holds the folder's lock too."""
-    with Children(descriptor) as children:
-        children.start(name, command)
-        try:
-            return children.wait()[1]
-        except Interrupted as stop:
-            return stop.exit_code
-
-
-def _one(layout: MatrixPlan, folder: Path, name: str, quiet: bool) -> None:
-    """Run one cell; write its error to the file that the matrix reads."""
+def _one(out: Path | None, matrix: str | None, name: str, quiet: bool) -> None:
+    """Run one cell of a prepared folder; write its error to the file that the matrix reads."""
     from mlx_slim.artifacts import write_json
     from mlx_slim.compare.cell import CellRun
     from mlx_slim.compare.jobs import MatrixRun
+    from mlx_slim.compare.runner import stored_layout
     from mlx_slim.console import Console
 
+    if out is None and matrix is None:
+        raise SlimError("no matrix to run a cell of", "set -o DIR")
+    folder = out or Path("runs") / Path(str(matrix)).stem
+    layout = stored_layout(folder)
     cell = next((cell for cell in layout.cells if cell.name == name), None)
     if cell is None:
         names = [cell.name for cell in layout.cells]
         raise SlimError(f"no cell is called {name!r}", did_you_mean(name, names))
-    if not (folder / "matrix.json").exists():
-        raise SlimError(f"{folder} is not prepared", "run the matrix without --only first")
     try:
         with Console("quiet" if quiet else "auto", title=name) as console:
             CellRun(MatrixRun(layout, folder, console), cell).run()

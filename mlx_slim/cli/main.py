@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Inspect": ("data", "plan", "generate", "chat", "serve", "analyze"),
     "Make smaller": ("convert", "quantize", "prune", "slim"),
     "Train": ("train", "distill", "sweep"),
-    "Measure": ("eval", "compare", "report", "bench"),
+    "Measure": ("eval", "compare", "report", "bench", "worker"),
     "Share": ("fuse", "export", "import", "upload"),
 }
 COMPLETION = """\b
@@ -78,6 +78,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "Write the HTML report of a run, also live, or of an experiment matrix."),
     "analyze": ("analyze", "See what tuning did to the weights, and where memory goes."),
     "bench": ("bench", "Measure speed and memory side by side with mlx-lm."),
+    "worker": ("worker", "Run jobs of a Dask cluster on this machine."),
 }
 
 
@@ -276,6 +277,7 @@ def _prepare_streams() -> None:
 def main() -> NoReturn:
     """Run the process's command line and exit with its code."""
     _prepare_streams()
+    interrupts.end_with_parent()
     try:
         code = run()
     except KeyboardInterrupt:  # while the error was printed

@@ -52,9 +52,14 @@ class _Cell:
 
 
 def drawings(
-    rows: list[Row], contrasts: list[Contrast], tasks: list[ReportTask], curves: list[LossCurves]
+    rows: list[Row],
+    contrasts: list[Contrast],
+    tasks: list[ReportTask],
+    curves: list[LossCurves],
+    *,
+    mixed: bool = False,
 ) -> Drawings:
-    """Return the plots of the page."""
+    """Return the plots of the page; none of speed where kinds of machine are mixed."""
     series, label = _series(rows), _labels(rows)
     cells = [_Cell(row, label[row.name], series(row)) for row in rows]
     trained = [(cell, cell.row.train) for cell in cells if cell.row.train is not None]
@@ -70,7 +75,7 @@ def drawings(
     ]
     unit, name = byte_unit(max((row.measured for row in memory), default=0))
     return Drawings(
-        pareto=[(title, Markup(svg)) for title, svg in _paretos(cells, trained)],
+        pareto=[(title, Markup(svg)) for title, svg in _paretos(cells, trained, mixed)],
         losses=[(model, Markup(svg)) for model, svg in _losses(cells, curves)],
         memory=_markup(_predicted(memory, "memory", f"peak memory of training, {name}", unit)),
         time=_markup(_predicted(time, "time", "training time, minutes", 1)),
@@ -126,7 +131,7 @@ def _losses(cells: list[_Cell], curves: list[LossCurves]) -> list[tuple[str, str
 
 
 def _paretos(
-    cells: list[_Cell], trained: list[tuple[_Cell, TrainingCost]]
+    cells: list[_Cell], trained: list[tuple[_Cell, TrainingCost]], mixed: bool
 ) -> list[tuple[str, str]]:
     one = len({cell.row.model for cell in cells}) == 1
     levels = [
@@ -148,9 +153,10 @@ def _paretos(
         unit, name = byte_unit(max((point.x for point in peak), default=0))
         axis = Axis("memory", f"peak memory of training, {name}", unit, less=True)
         plotted.append(("Score against memory", plots.pareto(peak, levels, axis)))
-        speed = points([(cell, cost.tokens_per_second) for cell, cost in trained])
-        axis = Axis("speed", "tokens/s in training", 1, less=False)
-        plotted.append(("Score against speed", plots.pareto(speed, levels, axis)))
+        if not mixed:
+            speed = points([(cell, cost.tokens_per_second) for cell, cost in trained])
+            axis = Axis("speed", "tokens/s in training", 1, less=False)
+            plotted.append(("Score against speed", plots.pareto(speed, levels, axis)))
     stored = points([(cell, cell.row.disk.model + cell.row.disk.adapter) for cell in cells])
     if stored:
         unit, name = byte_unit(max(point.x for point in stored))

@@ -274,12 +274,38 @@ def _flat(values: JsonObject, prefix: str = "") -> JsonObject:
 
 
 def machine_of(stored: StoredMatrix) -> JsonObject:
-    """Return provenance: the matrix's, and a line for each cell made elsewhere."""
+    """Return provenance: the matrix's, each cell made elsewhere, and the kinds that were mixed."""
     provenance = stored.record.provenance
     others = [
         cell.name for cell in stored.cells if cell.record.provenance not in (None, provenance)
     ]
-    return {**provenance, "cells_made_elsewhere": others}
+    kinds = machine_kinds(stored)
+    mixed = {"kinds": [{"kind": kind, "cells": names} for kind, names in kinds.items()]}
+    return {**provenance, "cells_made_elsewhere": others, **(mixed if len(kinds) > 1 else {})}
+
+
+def machine_kinds(stored: StoredMatrix) -> dict[str, list[str]]:
+    """Return kind of machine (chip, cores, memory, versions) -> cells made on it, most first."""
+    kinds: dict[str, list[str]] = {}
+    for cell in stored.cells:
+        record = cell.record.provenance or stored.record.provenance
+        versions = [f"Python {record.get('python', '?')}"]
+        versions += [f"{name} {version}" for name, version in record.get("versions", {}).items()]
+        where = str(record.get("machine") or record.get("system", "?"))
+        kinds.setdefault(f"{where}; {', '.join(versions)}", []).append(cell.name)
+    return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
+
+def mixed_note(stored: StoredMatrix) -> list[str]:
+    """Return a line where cells ran on several kinds of machine; none else."""
+    kinds = machine_kinds(stored)
+    if len(kinds) < 2:
+        return []
+    where = "; ".join(f"{', '.join(names)}: {kind}" for kind, names in kinds.items())
+    return [
+        f"Cells ran on {len(kinds)} kinds of machine: last digits may differ, and times are "
+        f"compared within a kind only. {where}."
+    ]
 
 
 def ledger(cell: StoredCell) -> JsonObject | None:

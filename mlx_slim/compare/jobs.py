@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_slim import artifacts
+from mlx_slim import artifacts, locks
 from mlx_slim.artifacts import SCHEMA_VERSION, read_json, write_json
 from mlx_slim.compare import identity
 from mlx_slim.compare.matrix import Cell, MatrixPlan, cell_recipe, prune_options
@@ -87,10 +87,11 @@ class MatrixRun:
         if not packed and not entry.source.endswith(".gguf"):
             return resolve(entry.source, entry.revision)
         folder = self.out / "models" / model
-        if not folder.exists():
-            file = bundled_smollm2() if packed else Path(entry.source)
-            self.say(f"importing {file.name}")
-            convert(file, folder, dtype=mx.float16, dequantize=True)
+        with locks.in_turn(folder):
+            if not folder.exists():
+                file = bundled_smollm2() if packed else Path(entry.source)
+                self.say(f"importing {file.name}")
+                convert(file, folder, dtype=mx.float16, dequantize=True)
         return folder
 
     def start(self, cell: Cell) -> Path:
@@ -118,13 +119,14 @@ class MatrixRun:
         )
         folder, key = self.out / "models" / name, self.weights(dense)
         mark = folder / "source.json"
-        if mark.exists() and read_object(mark).get("weights_sha256") == key:
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        loaded, report = load_quantized(dense, settings)
-        self.say(f"quantized to {report.bits_per_weight:.2f} bits a weight")
-        save_model(folder, loaded.model, loaded.tokenizer, loaded.config, code_from=dense)
-        write_json(mark, {"weights_sha256": key})
+        with locks.in_turn(folder):
+            if mark.exists() and read_object(mark).get("weights_sha256") == key:
+                return folder
+            shutil.rmtree(folder, ignore_errors=True)
+            loaded, report = load_quantized(dense, settings)
+            self.say(f"quantized to {report.bits_per_weight:.2f} bits a weight")
+            save_model(folder, loaded.model, loaded.tokenizer, loaded.config, code_from=dense)
+            write_json(mark, {"weights_sha256": key})
         return folder
 
     def weights(self, folder: Path) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
 from mlx_slim.config.section import PositiveInt
 
 
 @dataclass(frozen=True)
-class CompareOptions:
-    """Which cells run, on how many questions.
+class CompareOptions(PoolOptions):
+    """Which cells run, on how many questions; where, says ``PoolOptions``.
 
     Attributes:
         resume: Compute what is missing or has changed in a folder that is there.

@@ -9,7 +9,7 @@ Try it: ``mlx-slim compare matrix-14 --dry-run``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mlx_slim.compare.matrix import Cell, Kind, MatrixPlan, MatrixSpec, prune_options
@@ -17,6 +17,7 @@ from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.footprint import planned_footprint
+from mlx_slim.evaluation.scoring.loglikelihood import MEMORY
 from mlx_slim.evaluation.tasks.rows import count_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
@@ -35,6 +36,7 @@ FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M
 LOADING = 12.0  # seconds that a cell spends beside training and scoring
 GENERATED_TOKENS = 120  # tokens of a generated answer, about
 GENERATION_COST = 6.0  # a generated token costs so many times a read one
+SCORING_BYTES = 2 * MEMORY  # the scorer takes half of a power of two for its cache
 _UNKNOWN_ROWS = (1_000, 200)  # questions and tokens of a task whose rows are not here
 
 
@@ -50,6 +52,8 @@ class Line:
         train_seconds: Training, including its part of the sweep.
         score_seconds: Scoring all tasks.
         why_not: Why it is omitted; empty if it runs.
+        memory: Bytes that its process may use: the peak, and what scoring likes to have; 0 where
+            no peak is known.
     """
 
     cell: str
@@ -58,6 +62,7 @@ class Line:
     train_seconds: float | None
     score_seconds: float | None
     why_not: str = ""
+    memory: int = 0
 
 
 @lru_cache(maxsize=4)
@@ -99,15 +104,22 @@ def predicted_run(
     return predict_run(config, recipe, _config, speed=speed, budget=budget, suggest=False)
 
 
-def plan(layout: MatrixPlan) -> list[Line]:
-    """Return a line for every cell of the matrix, those that cannot run among them."""
-    budget = memory_budget(layout.matrix.budget)
+def plan(layout: MatrixPlan, budget: int | None = None) -> list[Line]:
+    """Return a line for every cell of the matrix, those that cannot run among them.
+
+    Args:
+        layout: The matrix.
+        budget: Bytes that a cell may use; None is what the matrix says, on this machine.
+    """
+    budget = memory_budget(layout.matrix.budget) if budget is None else budget
     configs: dict[str, ModelConfig] = {}  # of the cells that leave other shapes
     lines: dict[str, Line] = {}
     for cell in layout.cells:  # a parent stands before its children
         line = _line(layout.matrix, cell, budget, configs)
         if cell.parent is not None and lines[cell.parent].why_not:
             line = Line(cell.name, cell.kind, None, None, None, f"{cell.parent} is omitted")
+        if line.peak_bytes is not None:
+            line = replace(line, memory=min(budget, line.peak_bytes + SCORING_BYTES))
         lines[cell.name] = line
     return list(lines.values())
 

@@ -170,7 +170,13 @@ def pages(stored: store.StoredMatrix, record: MatrixReport) -> dict[str, str]:
 
 def _pages(stored: store.StoredMatrix, record: MatrixReport) -> dict[str, str]:
     curves = [curve for cell in stored.cells if (curve := evidence.curves(cell))]
-    plots = drawings(record.rows, record.contrasts, record.tasks, curves)
+    plots = drawings(
+        record.rows,
+        record.contrasts,
+        record.tasks,
+        curves,
+        mixed="kinds" in record.provenance,
+    )
     environment = _environment()
     names = ("report.md", "report.html")
     values = {**vars(record), "plots": plots}
@@ -203,7 +209,7 @@ def _build(stored: store.StoredMatrix) -> MatrixReport:
         rows=rows,
         seeds=tables.seeds_of(rows, tasks),
         contrasts=contrasts,
-        notes=notes,
+        notes=[*notes, *evidence.mixed_note(stored)],
         published=evidence.published(stored, rows),
         protocol=protocol(stored),
         sweeps=stored.sweeps,

@@ -8,18 +8,25 @@ Used by ``sweeping/run.py``.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, final
 
 from mlx_slim.artifacts import write_json
-from mlx_slim.children import Children, exit_reason
+from mlx_slim.children import exit_reason
+from mlx_slim.cluster.inputs import model_input
+from mlx_slim.cluster.jobs import Input, Job, Pool
+from mlx_slim.cluster.options import PoolOptions
+from mlx_slim.cluster.pool import pool_of
+from mlx_slim.cluster.recipe_inputs import recipe_inputs
+from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
-from mlx_slim.events import Observer
+from mlx_slim.events import Notice, Observer
 from mlx_slim.sweeping.records import TrialOutcome, read_json_record, to_json
-from mlx_slim.sweeping.trial import OUTCOME, RUN, run_trial
+from mlx_slim.sweeping.trial import OUTCOME, RECIPE, RUN, run_trial
 from mlx_slim.training import rotation
+
+_SLACK = 4  # a trial reserves a quarter more than its predicted peak
 
 
 class Launcher(Protocol):
@@ -30,12 +37,13 @@ class Launcher(Protocol):
         ...
 
     @property
-    def free(self) -> bool:
-        """Whether another trial may begin, if it fits."""
+    def most(self) -> int:
+        """Trials at the same time, at most."""
         ...
 
-    def has_room(self, peak: int) -> bool:
-        """Return whether a trial of ``peak`` bytes fits beside those that run."""
+    @property
+    def free(self) -> bool:
+        """Whether another trial may begin, or wait for memory."""
         ...
 
     @property
@@ -60,6 +68,8 @@ class InProcess:
         run: Runs the trial of a name.
     """
 
+    most = 1
+
     def __init__(self, run: Callable[[str], TrialOutcome]) -> None:
         self._run = run
         self._name: str | None = None
@@ -72,10 +82,6 @@ class InProcess:
     def free(self) -> bool:
         """Whether none runs."""
         return self._name is None
-
-    def has_room(self, peak: int) -> bool:
-        """Return that it does: it is alone."""
-        return True
 
     @property
     def running(self) -> int:
@@ -91,64 +97,65 @@ class InProcess:
 
 @final
 class InProcesses:
-    """Runs each trial in a process, several where the sum of their predicted peaks fits the budget.
+    """Runs each trial in a process, several where the pool has threads and memory for them.
 
     Args:
         out: Folder of the sweep.
-        children: Where they run.
-        workers: At most so many at a time.
-        budget: Bytes that all of them may need; one alone always begins.
+        pool: Who runs the processes.
         quiet: Let them print warnings only.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        children: Children,
-        workers: int,
-        budget: int,
-        quiet: bool,
-    ) -> None:
-        self._out, self._children = out, children
-        self._workers, self._budget, self._quiet = workers, budget, quiet
-        self._peaks: dict[str, int] = {}
+    def __init__(self, out: Path, pool: Pool, quiet: bool) -> None:
+        self._out, self._pool = out, pool
+        self._quiet = quiet or pool.most > 1
         self._reached: dict[str, int] = {}
 
+    @property
+    def most(self) -> int:
+        """Threads of the pool."""
+        return self._pool.most
+
     def start(self, name: str, peak: int) -> None:
-        """Start its process."""
-        self._peaks[name] = peak
+        """Start its process; one that needs more than there is gets all of it."""
         self._reached[name] = self._newest(name)
-        words = ["-m", "mlx_slim", "sweep", "-o", str(self._out), "--only", name]
-        quiet = ["--quiet"] if self._quiet or self._workers > 1 else []
-        self._children.start(name, [sys.executable, *words, *quiet])
+        job = Job(
+            name=name,
+            words=("sweep", "--only", name, *(["--quiet"] if self._quiet else [])),
+            memory=min(self._pool.budget, peak + peak // _SLACK),
+            inputs=self._inputs(name) if self._pool.far else (),
+            reads=(name,),
+            writes=(name,),
+            without=("checkpoints",),
+        )
+        self._pool.start(job)
 
     @property
     def free(self) -> bool:
-        """Whether fewer run than may."""
-        return len(self._peaks) < self._workers
-
-    def has_room(self, peak: int) -> bool:
-        """Return whether it fits the budget beside those that run; one alone always does."""
-        return not self._peaks or sum(self._peaks.values()) + peak <= self._budget
+        """Whether the pool takes another one."""
+        return self._pool.free
 
     @property
     def running(self) -> int:
-        """How many processes run."""
-        return len(self._peaks)
+        """How many run, or wait for memory."""
+        return self._pool.running
 
     def wait(self) -> tuple[str, TrialOutcome]:
         """Wait for a process; one that was killed is infeasible where it had got no further."""
-        name, code = self._children.wait()
-        del self._peaks[name]
+        ended = self._pool.wait()
+        name, code = ended.name, ended.code
         file = self._out / name / OUTCOME
         if code == 0 and file.exists():
             return name, read_json_record(file, TrialOutcome)
-        why = exit_reason(code)
+        why = ended.why or exit_reason(code)
         if code < 0 and self._newest(name) > self._reached[name]:
             return name, TrialOutcome("killed", why=why)
         outcome = TrialOutcome("infeasible", why=why)
         write_json(file, to_json(outcome))
         return name, outcome
+
+    def _inputs(self, name: str) -> tuple[Input, ...]:
+        recipe = load_recipe(str(self._out / name / RECIPE)).recipe
+        return tuple(dict.fromkeys([*model_input(recipe.model), *recipe_inputs(recipe)]))
 
     def _newest(self, name: str) -> int:
         """Return the step of the newest checkpoint, 0 without one."""
@@ -158,25 +165,34 @@ class InProcesses:
 
 @contextlib.contextmanager
 def launcher(
-    out: Path, descriptor: int | None, workers: int, budget: int, quiet: bool, observer: Observer
+    out: Path,
+    descriptor: int | None,
+    options: PoolOptions,
+    budget: int,
+    quiet: bool,
+    observer: Observer,
 ) -> Iterator[Launcher]:
     """Yield who runs the trials of the sweep in ``out``.
 
     Args:
         out: Its folder.
         descriptor: Of its lock, for processes; None runs trials here, one at a time.
-        workers: As ``InProcesses``; likewise the others.
-        budget: Bytes.
+        options: How many at a time, and where.
+        budget: Bytes of all trials on this machine.
         quiet: Print warnings only.
         observer: Hears of every event.
 
     Raises:
-        SlimError: Several workers in one process.
+        SlimError: Several workers in one process, or a cluster that cannot be used.
     """
     if descriptor is None:
-        if workers > 1:
-            raise SlimError(f"{workers} workers need processes", "set workers=1")
+        if options.several:
+            raise SlimError(f"{options.workers} workers need processes", "set workers=1")
         yield InProcess(lambda name: run_trial(out / name, observer))
         return
-    with Children(descriptor) as children:
-        yield InProcesses(out, children, workers, budget, quiet)
+
+    def say(text: str) -> None:
+        observer.notify(Notice(text))
+
+    with pool_of(out, descriptor, options, budget, say) as pool:
+        yield InProcesses(out, pool, quiet)

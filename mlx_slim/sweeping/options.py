@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
 from mlx_slim.config.section import Count, PositiveInt, Seed
 from mlx_slim.errors import SlimError, did_you_mean
@@ -22,8 +23,8 @@ PrunerName = Literal["median", "hyperband", "none"]
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """How many trials, judged by what.
+class SweepOptions(PoolOptions):
+    """How many trials, judged by what; how many at a time and where, says ``PoolOptions``.
 
     Attributes:
         trials: Settings that are tried.
@@ -33,7 +34,6 @@ class SweepOptions:
             others at the same step; ``hyperband``); without effect with two objectives.
         seeds: Other seeds that the best trial is run again on.
         seed: Of the proposals.
-        workers: Trials at the same time, each in a process; as many as fit the memory budget.
     """
 
     trials: PositiveInt = field(default=20, metadata=option("Settings to try.", metavar="N"))
@@ -52,12 +52,6 @@ class SweepOptions:
         default=2, metadata=option("Other seeds to run the best trial again on.", metavar="N")
     )
     seed: Seed = field(default=0, metadata=option("Seed of the proposals.", metavar="N"))
-    workers: Annotated[PositiveInt, Field(le=64)] = field(
-        default=1,
-        metadata=option(
-            "Trials at the same time, where their predicted peaks fit the budget.", metavar="N"
-        ),
-    )
 
     @property
     def prunes(self) -> bool:

@@ -184,9 +184,8 @@ class _Sweep:
                 "warning",
             )
         budget = memory_budget(self.space.base.recipe.memory.budget)
-        with launcher(
-            self.out, descriptor, options.workers, budget, quiet, self.observer
-        ) as launches:
+        with launcher(self.out, descriptor, options, budget, quiet, self.observer) as launches:
+            self.study.at_a_time = launches.most
             search(self.study, options.trials, launches, self._prepare, self._ended)
             self._run_seeds(launches)
 
@@ -216,11 +215,11 @@ class _Sweep:
             recipe = self._cached(recipe)
         write_text(self.out / name / RECIPE, conclusion.trial_text(recipe, what))
         write_json(self.out / name / REQUEST, to_json(request))
-        return self._peak(recipe) if self.options.workers > 1 else 0
+        return self._peak(recipe) if self.options.several else 0
 
     def _cached(self, recipe: Resolved) -> Resolved:
         """Let trials share what teachers say; of several at a time each has its own."""
-        if self.options.workers > 1:
+        if self.options.several:
             return recipe
         return changed_recipe(recipe, {"distill.cache": str(self.out / "targets")}, "sweep")
 
@@ -268,8 +267,6 @@ class _Sweep:
                 one = conclusion.seed_recipe(recipe, names[name])
                 what = f"Trial {best.number} of a sweep, on seed {names[name]}."
                 peak = self._write(name, one, TrialRequest("none", 1, []), what)
-                if not launches.has_room(peak):
-                    break
                 self.say(f"── trial {best.number} on seed {names[name]}")
                 launches.start(waiting.pop(0), peak)
             name, outcome = launches.wait()

@@ -62,8 +62,6 @@ def search(
                 proposal = None
                 continue
             name, peak = prepared
-            if not launcher.has_room(peak):
-                break
             study.begin(proposal)
             launcher.start(name, peak)
             numbers[name] = proposal.number

@@ -99,6 +99,7 @@ class SweepStudy:
     def __init__(self, file: Path, plan: StudyPlan) -> None:
         self.file, self.plan = file, plan
         self._keys = {one.key for one in plan.parameters}
+        self.at_a_time = plan.options.workers  # trials, at most
         with _storage_errors(file):
             if not file.is_file():
                 raise SlimError(f"{file} is missing", _ANEW)
@@ -152,7 +153,7 @@ class SweepStudy:
         attributes = {
             "trial": proposal.number,
             "attempt": proposal.attempt,
-            "workers": self.plan.options.workers,
+            "workers": self.at_a_time,
         }
         running = create_trial(
             state=TrialState.RUNNING,

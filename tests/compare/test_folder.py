@@ -9,9 +9,11 @@ import pytest
 from mlx_slim import locks
 from mlx_slim.artifacts import write_json
 from mlx_slim.claims import LOCK_FILE
+from mlx_slim.cluster.jobs import Ended
 from mlx_slim.compare import runner
 from mlx_slim.compare.matrix import load_matrix
 from mlx_slim.errors import Interrupted, SlimError
+from tests.support.matrix_run import run_cells
 
 
 def test_a_folder_that_is_none_or_another_matrix_is_refused(files: Path, tmp_path: Path) -> None:
@@ -41,7 +43,7 @@ def test_rows_that_are_not_there_leave_no_folder(files: Path) -> None:
 
 def test_one_process_at_a_time_and_an_interruption_stops_everything(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
-    todo = runner.prepare(layout, files / "two", False)
+    todo, _ = runner.prepare(layout, files / "two", False)
     lock = locks.acquire(files / "two" / LOCK_FILE)
     assert lock is not None
     for held in (False, True):
@@ -49,4 +51,4 @@ def test_one_process_at_a_time_and_an_interruption_stops_everything(files: Path)
             runner.prepare(layout, files / "two", held)
     lock.release()
     with pytest.raises(Interrupted, match="stopped in toy-base"):
-        runner.run(todo, files / "two", lambda cell: (130, ""), lambda number, cell: None)
+        run_cells(todo, files / "two", lambda name: Ended(name, 130))

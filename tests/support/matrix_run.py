@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mlx_slim.cluster.jobs import Ended, Job
 from mlx_slim.compare import cell as cells
 from mlx_slim.compare import runner
 from mlx_slim.compare.jobs import MatrixRun
-from mlx_slim.compare.matrix import load_matrix
+from mlx_slim.compare.matrix import Cell, load_matrix
 from mlx_slim.errors import SlimError
 from mlx_slim.run_dir import RunDir
 from tests.support.runs import Recorder, write_rows
@@ -77,16 +79,46 @@ def run_all(
     """Run the matrix in this process."""
     layout = load_matrix(str(files / "toy.yaml"), overrides)
     out = files / "out"
-    todo = runner.prepare(layout, out, resume)
+    todo, _ = runner.prepare(layout, out, resume)
 
-    def launch(cell: Any) -> tuple[int, str]:
-        if only is not None and cell.name not in only:
-            return -signal.SIGKILL, ""
+    def launch(name: str) -> Ended:
+        cell = next(cell for cell in todo if cell.name == name)
+        if only is not None and name not in only:
+            return Ended(name, -signal.SIGKILL)
         try:
             cells.CellRun(MatrixRun(layout, out, Recorder()), cell).run()
         except SlimError as error:
-            return error.exit_code, error.message
-        return 0, ""
+            return Ended(name, error.exit_code, error.message)
+        return Ended(name, 0)
 
     with RunDir(out, runner.MATRIX).claim(resume=True):
-        return runner.run(todo, out, launch, lambda number, cell: None)
+        return run_cells(todo, out, launch)
+
+
+class HerePool:
+    """A pool whose jobs are calls in this process, one after the other."""
+
+    budget, most, far = 1 << 60, 1, False
+
+    def __init__(self, launch: Callable[[str], Ended]) -> None:
+        self._launch, self._names = launch, list[str]()
+
+    @property
+    def free(self) -> bool:
+        return not self._names
+
+    @property
+    def running(self) -> int:
+        return len(self._names)
+
+    def start(self, job: Job) -> None:
+        self._names.append(job.name)
+
+    def wait(self) -> Ended:
+        return self._launch(self._names.pop())
+
+
+def run_cells(todo: list[Cell], out: Path, launch: Callable[[str], Ended]) -> runner.MatrixOutcome:
+    """Run cells by calls of ``launch`` with their names."""
+    pool = HerePool(launch)
+    return runner.run(todo, out, pool, lambda c: Job(c.name, ()), lambda number, cell: None)

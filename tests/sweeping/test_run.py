@@ -270,19 +270,21 @@ def test_the_command_lists_spaces_and_runs_trials_in_processes(
     class Here:
         """Runs the process of a trial in this one."""
 
-        def __init__(self, words: list[str], pass_fds: object) -> None:
+        stdin = None
+
+        def __init__(self, words: list[str], **_: object) -> None:
             started.append(words[words.index("mlx_slim") + 1 :])
 
         def poll(self) -> int:
             return command(started[-1])
 
-    processes = type("processes", (), {"Popen": Here})
+    processes = type("processes", (), {"Popen": Here, "PIPE": None})
     monkeypatch.setattr("mlx_slim.children.subprocess", processes)
     words = ["base.yaml", "--space", "space.yaml", "-o", "out", "--trials", "1", "--seeds", "1"]
     assert command(["sweep", *words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["best"] == 0 and len(report["seeds"]) == 1
-    assert [one[-3:-1] for one in started] == [
+    assert [one[1:3] for one in started] == [
         ["--only", "trials/000"],
         ["--only", "seeds/000-seed-1"],
     ]
@@ -293,3 +295,20 @@ def test_optuna_is_imported_by_a_sweep_alone() -> None:
         "import mlx_slim.api, mlx_slim.cli.sweep, mlx_slim.cli.report, mlx_slim.compare.cell"
     )
     assert "'mlx.core'" in heavy and "optuna" not in heavy
+
+
+def test_trials_of_workers_that_do_not_see_the_folder_come_back(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
+    alone = mlx_slim.sweep("base.yaml", "space.yaml", "alone", replace(TRIALS, trials=1, seeds=0))
+    monkeypatch.setenv("MLX_SLIM_CACHE", str(inputs / "cache"))
+    monkeypatch.setattr("mlx_slim.cluster.worker.sees_output", lambda request: False)
+    options = replace(TRIALS, trials=2, seeds=0, workers=2)
+    report = mlx_slim.sweep("base.yaml", "space.yaml", "out", options)
+    assert report.workers == 2 and len(report.rows) == 2
+    assert report.rows[0].outcome.curve == alone.rows[0].outcome.curve
+    assert (inputs / f"out/trials/{report.best:03d}/run/adapters/adapters.safetensors").exists()
+    assert list((inputs / "cache").glob("cluster/*/out/trials/001/outcome.json"))
+    jobs_of_two = read_json(inputs / "out" / "sweep.json")["notes"]
+    assert any("Up to 2 trials ran at a time" in line for line in jobs_of_two)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.artifacts import write_json
+from mlx_slim.cluster.jobs import Ended, Job
 from mlx_slim.sweeping.launch import InProcess, InProcesses
 from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.records import STUDY_FILE, TrialOutcome, to_json
@@ -66,51 +67,56 @@ def test_killed_goes_on_infeasible_is_noted_and_unusable_ends(tmp_path: Path) ->
 
 
 class Processes:
-    """Stands for child processes: each ends when it is waited for, the newest first."""
+    """Stands for a pool of one: each process ends when it is waited for."""
+
+    budget, most, far = 99, 1, False
 
     def __init__(self, out: Path, codes: dict[str, list[int]]) -> None:
         self.out, self.codes = out, codes
-        self.running: list[str] = []
-        self.most: list[set[str]] = []
+        self.jobs: list[Job] = []
+        self.running = 0
 
-    def start(self, name: str, command: list[str]) -> None:
-        assert command[command.index("--only") + 1] == name
-        self.running.append(name)
-        self.most.append(set(self.running))
+    @property
+    def free(self) -> bool:
+        return not self.running
 
-    def wait(self) -> tuple[str, int]:
-        name = self.running.pop()
-        code = self.codes[name].pop(0) if self.codes.get(name) else 0
+    def start(self, job: Job) -> None:
+        assert job.words[job.words.index("--only") + 1] == job.name
+        self.jobs.append(job)
+        self.running = 1
+
+    def wait(self) -> Ended:
+        job, self.running = self.jobs[-1], 0
+        code = self.codes[job.name].pop(0) if self.codes.get(job.name) else 0
         if code == 0:
-            write_json(self.out / name / OUTCOME, to_json(complete(1.0)))
-        return name, code
+            write_json(self.out / job.name / OUTCOME, to_json(complete(1.0)))
+        return Ended(job.name, code)
 
 
-def launched(out: Path, workers: int, budget: int, codes: dict[str, list[int]]) -> Processes:
+def launched(out: Path, codes: dict[str, list[int]]) -> Processes:
     processes = Processes(out, codes)
-    launcher = InProcesses(out, processes, workers, budget, True)  # type: ignore[arg-type]
-    search(study_in(out, workers), 6, launcher, name_of, lambda number, outcome: None)
+    launcher = InProcesses(out, processes, True)
+    search(study_in(out), 6, launcher, name_of, lambda number, outcome: None)
     return processes
 
 
-def test_parallel_trials_fit_the_budget_together(tmp_path: Path) -> None:
-    """Peaks are 10, 20, … 60 bytes; one that fits alone only, or not at all, runs alone."""
-    processes = launched(tmp_path, 3, 55, {})
-    peaks = [sum(10 * (1 + int(name[7:])) for name in names) for names in processes.most]
-    assert all(
-        peak <= 55 or len(names) == 1 for peak, names in zip(peaks, processes.most, strict=True)
-    )
-    assert max(map(len, processes.most)) == 2  # 10 + 20, and 30 more would be over
-    assert {"trials/5"} in processes.most
-    assert [row.number for row in study_in(tmp_path).rows()] == list(range(6))
+def test_a_trial_reserves_a_quarter_more_than_its_peak_and_never_more_than_there_is(
+    tmp_path: Path,
+) -> None:
+    """Peaks are 10, 20, … 60 bytes of 99."""
+    jobs = launched(tmp_path, {}).jobs
+    assert [job.memory for job in jobs] == [12, 25, 37, 50, 62, 75]
+    processes = Processes(tmp_path, {})
+    InProcesses(tmp_path, processes, True).start("trials/0", 90)
+    assert processes.jobs[0].memory == 99
 
 
 def test_a_process_that_dies_is_started_again_as_long_as_it_gets_further(tmp_path: Path) -> None:
     checkpoint = tmp_path / "trials/1/run/checkpoints/step-4"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
-    stuck = launched(tmp_path, 1, 99, {"trials/1": [-9], "trials/2": [1]})
+    stuck = launched(tmp_path, {"trials/1": [-9], "trials/2": [1]})
     rows = {row.number: row.outcome for row in study_in(tmp_path).rows()}
     assert rows[1].state == "infeasible" and rows[1].why == "killed by SIGKILL (out of memory?)"
     assert rows[2].state == "infeasible" and rows[2].why == "ended with exit code 1"
-    assert rows[3].state == "complete" and len(stuck.most) == 6
+    assert rows[3].state == "complete" and len(stuck.jobs) == 6

@@ -1,0 +1,215 @@
+"""A matrix on a real scheduler with two real workers: the same bytes, and kills of both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
+
+from distributed import Client, LocalCluster
+
+from mlx_slim.artifacts import read_json
+from mlx_slim.cli.main import run as command
+from mlx_slim.cluster import inputs, worker
+from mlx_slim.cluster.dask_pool import cluster_pool
+from mlx_slim.cluster.inputs import data_inputs
+from mlx_slim.cluster.jobs import Ended, Job
+from mlx_slim.cluster.worker import sees_output
+from mlx_slim.errors import SlimError
+from tests.support.matrix_run import write_files, write_yaml
+from tests.support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        resources={"MEMORY": 8 * 10**9},
+        memory_limit=0,
+        dashboard_address="127.0.0.1:0",
+        silence_logs=50,
+    ) as started:
+        yield started
+
+
+def connected(cluster: Any) -> Any:
+    """Return a client; its methods are typed as values or coroutines."""
+    return Client(cluster)
+
+
+@pytest.fixture
+def matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A matrix of three cells over a model that is named by its folder."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(tmp_path / "models" / "toy", "llama")
+    write_files(tmp_path, model)
+    write_yaml(
+        tmp_path,
+        model,
+        models={"toy": {"source": "models/toy"}},
+        methods={
+            "base": {"kind": "base"},
+            "lora": {"recipe": {"method": "lora"}, "learning_rates": [1e-4, 1e-2]},
+            "lora-fused": {"kind": "fused", "of": "lora"},
+        },
+    )
+    return tmp_path
+
+
+def far_away(folder: str | None) -> None:
+    """Let a worker see nothing of the coordinator's folder but what its own folders hold."""
+    names = (inputs.MODELS_VARIABLE, "MLX_SLIM_DATA", "MLX_SLIM_CACHE")
+    for name, where in zip(names, ("models", "rows", f"cache-{os.getpid()}"), strict=True):
+        if folder is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = f"{folder}/{where}"
+    worker.sees_output = (lambda request: False) if folder else sees_output
+    worker.find = inputs.find if folder is None else _find_far
+
+
+def _find_far(one: inputs.Input, origin: Path) -> Path:
+    return inputs.find(one, Path("/nowhere"))
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """Return the files of a matrix folder's cells, without what a clock says."""
+    stored: dict[str, Any] = {}
+    for file in sorted((folder / "cells").rglob("*")):
+        if not file.is_file() or "checkpoints" in file.parts:
+            continue
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".json":
+            stored[name] = timeless(json.loads(file.read_text()))
+        elif file.suffix == ".jsonl":
+            stored[name] = [timeless(json.loads(line)) for line in file.read_text().splitlines()]
+        elif file.suffix == ".safetensors":
+            stored[name] = file.read_bytes()
+    return stored
+
+
+def timeless(value: Any) -> Any:
+    clocks = ("seconds", "per_second", "time", "started", "finished", "memory_bytes", "load")
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not any(c in k for c in clocks)}
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def test_far_workers_leave_the_files_of_one_machine(
+    cluster: Any, matrix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = matrix / "far"
+    (far / "rows").mkdir(parents=True)
+    for name in ("rows.jsonl", "toy.jsonl", "toytask.yaml"):
+        (far / "rows" / name).write_bytes((matrix / name).read_bytes())
+    monkeypatch.setenv("MLX_SLIM_DATA", str(far / "rows"))
+    assert command(["compare", "toy.yaml", "-o", "out", "--quiet"]) == 0
+    (matrix / "out").rename(matrix / "alone")
+    (matrix / "models").rename(far / "models")
+    # What the coordinator reads itself stays: the plan needs a model's shapes.
+    (matrix / "models").symlink_to(far / "models")
+    with connected(cluster) as client:
+        client.run(far_away, str(far))
+        where = ["--cluster", cluster.scheduler_address]
+        assert command(["compare", "toy.yaml", "-o", "out", "--quiet", *where]) == 0
+        client.run(far_away, None)
+    alone, there = files_of(matrix / "alone"), files_of(matrix / "out")
+    assert there.keys() == alone.keys()
+    assert [name for name in alone if there[name] != alone[name]] == []
+    sweep = read_json(matrix / "out/sweeps/toy-lora/sweep.json")
+    assert sweep == read_json(matrix / "alone/sweeps/toy-lora/sweep.json")
+    assert not any(
+        "kinds of machine" in line for line in read_json(matrix / "out/results.json")["notes"]
+    )
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [one for line in lines if (one := json.loads(line))["event"] == name]
+
+
+def until(ready: Callable[[], Any], seconds: float = 500) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := ready()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+def test_a_killed_worker_and_a_killed_coordinator_lose_nothing(cluster: Any, matrix: Path) -> None:
+    """A cell goes elsewhere, from its checkpoint; what is complete is not made again."""
+    words = ["compare", "toy.yaml", "recipe.train.steps=150", "recipe.train.save_every=5"]
+    words += ["methods.lora.learning_rates=[0.001]", "-o", "out"]
+    words += ["--cluster", cluster.scheduler_address]
+    slow = [*words, "recipe.train.duty=0.05"]
+    coordinator = subprocess.Popen([sys.executable, "-m", "mlx_slim", *slow])
+    run, base = matrix / "out/cells/toy-lora-s0/run", matrix / "out/cells/toy-base/cell.json"
+    with connected(cluster) as client:
+
+        def runs_on() -> str | None:
+            running = client.processing()
+            return next((w for w, keys in running.items() if "lora" in str(keys)), None)
+
+        try:
+            until(base.exists)
+            base_time = base.stat().st_mtime_ns
+            until(lambda: list(run.glob("checkpoints/step-*")))
+            lost = until(runs_on)
+            os.kill(client.run(os.getpid, workers=[lost])[lost], signal.SIGKILL)
+            until(lambda: events(run, "resumed"))
+        finally:
+            coordinator.kill()
+            coordinator.wait()
+        until(lambda: not any(client.processing().values()))
+    assert len(events(run, "resumed")) == 1 and not (run / "run.json").exists()
+    assert command([*words, "--resume"]) == 0
+    assert base.stat().st_mtime_ns == base_time
+    assert len(events(run, "resumed")) == 2
+    # A step after the last checkpoint is computed again; none is left out.
+    assert sorted({one["step"] for one in events(run, "step")}) == list(range(1, 151))
+
+
+def test_a_worker_that_lacks_an_input_refuses_and_another_one_takes_it(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/rows.jsonl").write_text("{}")
+    lines: list[str] = []
+    with connected(cluster) as client:
+        first, second = client.run(os.getpid)
+        client.run(far_away, str(tmp_path / "empty"))
+        with cluster_pool(Path("out"), cluster.scheduler_address, lines.append) as pool:
+            needs = data_inputs([Path("mine/rows.jsonl")])
+            job = Job("needs", ("tasks", "--no-such-option"), 9, tuple(needs))
+            pool.start(job)
+            ended = pool.wait()
+            assert ended.code == 2 and ended.why.startswith("no worker takes it; ")
+            assert ended.why.count("mine/rows.jsonl is not here") == 2 == len(lines)
+            (tmp_path / "mine").rename(tmp_path / "rows")
+            client.run(far_away, str(tmp_path), workers=[second])
+            pool.start(job)
+            assert pool.wait() == Ended("needs", 2)  # it ran: the words have no such option
+        client.run(far_away, None)
+    assert len(lines) <= 3 and first != second
+
+
+def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(SlimError, match="no Dask scheduler answers"),
+        cluster_pool(tmp_path, "tcp://127.0.0.1:9", print, patience=0.5),
+    ):
+        pass
