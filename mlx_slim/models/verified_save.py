@@ -129,9 +129,9 @@ def _write_unread(
         walk = Walk(weights, rows)
         prefix = structure.blocks_path(shapes)
         for index, block in walk.blocks("writing blocks"):
-            write(
-                {f"{prefix}.{index}.{path}": one for path, one in tree_flatten(block.parameters())}
-            )
+            tensors: list[tuple[str, mx.array]] = tree_flatten(block.parameters())  # type: ignore[assignment]
+            write({f"{prefix}.{index}.{path}": value for path, value in tensors})
+            del tensors
             for _ in walk.passed(index):
                 pass
     return shards.hashes, walk.answers()

@@ -139,13 +139,13 @@ def cut(
     """
     if planned.axis == "depth":
         removed = [int(i) for i in scores[_LAYERS]]
-        changes = Changes(_removed_layers(planned, removed, scores))
 
         def without(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
             read = isinstance(loaded, Loaded)
             return surgery.without_layers(model, loaded.config, removed, read=read)
 
-        return *_cut(loaded, without), changes
+        model, new = _cut(loaded, without)
+        return model, new, Changes(_removed_layers(planned, removed, scores))
     mixture = mixture_of(loaded.config)
     families = families_of(loaded.model if isinstance(loaded, Loaded) else loaded.open(), mixture)
     retained = width.retain(

@@ -123,7 +123,7 @@ def prune(
     notify(f"{'reading' if streamed else 'loading'} {source}")
     read = unread if streamed else load
     loaded = read(source, revision=options.revision, dtype=compute_dtype())
-    refuse_quantized(nn.Module() if streamed else loaded.model, loaded.config)
+    refuse_quantized(loaded.model if isinstance(loaded, Loaded) else nn.Module(), loaded.config)
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
     scores = cutting.score(loaded, options, planned, seen_NT, notify, scores_at)
     original = None
