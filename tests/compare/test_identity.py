@@ -140,7 +140,7 @@ def test_answers_that_no_field_declares_count_too(files: Path) -> None:
 def test_rows_that_change_while_the_matrix_runs_cost_their_cells(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     out = files / "out"
-    cell = runner.prepare(layout, out, False)[0]
+    cell = runner.prepare(layout, out, False)[0][0]
     (files / "toy.jsonl").write_text(
         (files / "toy.jsonl").read_text().replace('"answer": 0', '"answer": 1')
     )
@@ -188,7 +188,7 @@ def test_changed_rows_weights_or_code_change_the_key(
 def test_a_folder_that_an_older_version_prepared_is_one_line(files: Path) -> None:
     layout = load_matrix(str(files / "toy.yaml"))
     out = files / "out"
-    cell = runner.prepare(layout, out, False)[0]
+    cell = runner.prepare(layout, out, False)[0][0]
     record = read_json(out / "matrix.json")
     del record["asked"]
     write_json(out / "matrix.json", record)

@@ -192,7 +192,7 @@ def test_an_interrupted_matrix_prints_the_command_that_goes_on(
     words = shlex.split(hint.removeprefix("hint: resume with: "))
     assert words[:2] == ["mlx-slim", "compare"] and words[-1] == "--resume"
     layout = load_matrix("toy.yaml", ["seeds=[1]"], limit=3)
-    assert runner.prepare(layout, files / "my out", resume=True)
+    assert runner.prepare(layout, files / "my out", resume=True)[0]
     assert command([*words[1:-1], "--dry-run"]) == 0
 
 

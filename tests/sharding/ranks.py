@@ -15,8 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.adapters.inject import inject
+from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
 from mlx_slim.models.load import open_weights, read_weights
+from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.ranks.state import state
 from mlx_slim.runtime import memory_limits, world
@@ -84,7 +86,7 @@ def compare(folder: Path, method: str) -> dict[str, float]:
         float(mx.abs(sharded.cut(path, value) - slices[path]).max())
         for path, value in whole.items()
     )
-    record["whole"] = sum(value.nbytes for _, value in tree_flatten(one.parameters()))
+    record["whole"] = sum(value.nbytes for _, value in leaves(one))
     return record
 
 
@@ -100,7 +102,7 @@ def files(folder: Path, out: Path) -> dict[str, bool]:
     moments["adamw@1.0/step/"] = mx.array(3, dtype=mx.uint64)
     write_whole(out / "optimizer.safetensors" if first else None, moments, sharded)
     mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
-    again = read_slices(mx.load(str(out / "optimizer.safetensors")), moments, sharded)
+    again = read_slices(load_tensors(out / "optimizer.safetensors"), moments, sharded)
     received = receive_slices(out / "model.safetensors", parameters, sharded)
     return {
         "same": all(bool(mx.array_equal(again[name], moments[name])) for name in moments),
