@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.cli.options import alive, recipe_names, refuse_model, show_next
+from mlx_slim.cli.options import Whole, alive, recipe_names, refuse_model, show_next
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import step
 
@@ -162,7 +162,12 @@ def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
 @click.option("--budget", metavar="SIZE", help="Plan for this much memory, e.g. 16GB.")
 @click.option("--for", "mac", metavar="MAC", help="Plan for a Mac, e.g. m2-16gb (see --macs).")
 @click.option("--probe", is_flag=True, help="Measure three real steps of the largest batch here.")
-@click.option("--machines", type=int, metavar="N", help="Plan for N such machines, with --link.")
+@click.option(
+    "--machines",
+    type=Whole(2, 64),
+    metavar="N",
+    help="Plan for N such machines, with --link.",
+)
 @click.option(
     "--link",
     metavar="LINK",

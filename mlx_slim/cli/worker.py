@@ -37,7 +37,7 @@ def command(
     jobs: int,
     name: str | None,
 ) -> None:
-    """Take jobs from the Dask scheduler at an address until Ctrl-C.
+    """Run jobs of the Dask scheduler at an address until Ctrl-C.
 
     Dask runs what its clients send: start it in networks that you trust, or with TLS.
     """

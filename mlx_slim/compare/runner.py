@@ -170,7 +170,11 @@ def run(
             begun(1 + cells.index(cell), cell)
             running[cell.name] = cell
             pool.start(job_of(cell))
-        ended = pool.wait()
+        try:
+            ended = pool.wait()
+        except Interrupted as error:
+            where = ", ".join(running)
+            raise Interrupted(f"stopped in {where}; complete cells are kept") from error
         cell = running.pop(ended.name)
         if ended.code == INTERRUPTED:
             raise Interrupted(f"stopped in {cell.name}; complete cells are kept")

@@ -132,6 +132,8 @@ ELSEWHERE = {
     "data preview --rows": "of this command alone",
     "quantize --mode": "read from QuantizeConfig, a section of a recipe",
     "report --port": "of this command alone",
+    "worker --jobs": "of this command alone",
+    "worker --memory": "of this command alone",
 }
 
 

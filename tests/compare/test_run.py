@@ -183,9 +183,9 @@ def test_an_interrupted_matrix_prints_the_command_that_goes_on(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cell says 130, as after Ctrl-C, which both processes hear."""
-    cell = SimpleNamespace(poll=lambda: 130)
+    cell = SimpleNamespace(poll=lambda: 130, stdin=None)
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda command, pass_fds: cell)
+        patch.setattr(subprocess, "Popen", lambda command, **_: cell)
         assert command(["compare", "toy.yaml", "-o", "my out", "seeds=[1]", "--limit", "3"]) == 130
     error, hint = capsys.readouterr().err.splitlines()
     assert error == "error: stopped in toy-base; complete cells are kept"
@@ -225,7 +225,9 @@ def test_a_signal_to_the_matrix_alone_ends_its_cell_and_the_matrix(
     told = []
 
     class Cell:
-        def __init__(self, command: Any, pass_fds: Any) -> None:
+        stdin = None
+
+        def __init__(self, command: Any, **_: Any) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         def poll(self) -> int | None:

@@ -49,7 +49,7 @@ def test_what_is_no_plain_value_of_a_decent_size_is_one_line(
         read_mapping(path)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
-    assert time.thread_time() - start < 2
+    assert time.thread_time() - start < 20  # exponential ones take hours
 
 
 def test_aliases_of_a_decent_number_are_read(tmp_path: Path) -> None:

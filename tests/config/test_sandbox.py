@@ -109,7 +109,7 @@ def measure() -> None:
             pass
         except BaseException as error:
             print(f"{name}: {error!r}")
-        if (seconds := time.thread_time() - start) > 2:
+        if (seconds := time.thread_time() - start) > 20:
             print(f"{name}: {seconds} s")
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
