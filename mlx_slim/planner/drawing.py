@@ -21,7 +21,9 @@ ROOM = 0.8  # of the memory for answers, for caches and logits
 PLANNED_ROOM = 0.7  # a little more is planned: a batch is halved where a byte is missing
 
 
-def batch_of_answers(footprint: Footprint, room: int, positions: int, most: int) -> int:
+def batch_of_answers(
+    footprint: Footprint, room: int, positions: int, most: int, fraction: float = ROOM
+) -> int:
     """Return how many answers are drawn at a time: a power of two.
 
     Args:
@@ -29,8 +31,9 @@ def batch_of_answers(footprint: Footprint, room: int, positions: int, most: int)
         room: Bytes besides what the run holds in any case.
         positions: Of the longest prompt and its answer.
         most: Answers, at most.
+        fraction: Of the room that caches and logits take.
     """
-    count = min(most, footprint.answers(int(ROOM * room), positions, 0, False))
+    count = min(most, footprint.answers(int(fraction * room), positions, 0, False))
     return 1 << (count.bit_length() - 1)
 
 
@@ -56,7 +59,7 @@ def drawing_bytes(
     longest = recipe.train.max_length
     if lengths:
         longest = min(longest, max(lengths) + recipe.rounds.max_tokens)
-    count = batch_of_answers(footprint, room, longest, ANSWERS)
+    count = batch_of_answers(footprint, room, longest, ANSWERS, PLANNED_ROOM)
     return int(footprint.batch_bytes(count, longest) / PLANNED_ROOM)
 
 

@@ -44,6 +44,7 @@ def test_the_planned_batch_is_halved_until_it_fits() -> None:
     assert batch_of_answers(footprint, ample, 1024, ANSWERS) == ANSWERS
     little = drawing_bytes(config, plan, 4, None, ample * 6 // 10)
     assert batch_of_answers(footprint, little, 1024, ANSWERS) == ANSWERS // 2
+    assert little <= ample * 6 // 10
     assert drawing_bytes(config, plan, 4, None, 0) == drawing_bytes(config, plan, 4, None, 1)
     assert drawing_bytes(config, plan, 4, [20, 30], 1 << 50) < ample  # shorter rows
     assert drawing_bytes(config, recipe("lora"), 4, None, 1 << 50) == 0
