@@ -126,7 +126,7 @@ def scores(files: Path) -> list[dict]:
 def test_a_matrix_reports_resumes_and_verifies(
     files: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = SimpleNamespace(Popen=Here)  # in this process: a start takes seconds
+    cells = SimpleNamespace(Popen=Here, PIPE=None)  # in this process: a start takes seconds
     monkeypatch.setattr(children, "subprocess", cells)
     published = scores(files)
     assert command(["report", "matrix"]) == 0

@@ -9,7 +9,7 @@ runs/tiny``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def _record_end(ended: Ended, cell: Cell, out: Path, ran: MatrixOutcome) -> None
     note, manifest = out / failure_note(cell.name), out / "cells" / cell.name / MANIFEST
     code, why = ended.code, ended.why
     if code == 0 and manifest.exists():
-        why = _other_weights(cell, out)
+        why = _other_weights(cell, out, ran.complete)
         if not why:
             note.unlink(missing_ok=True)
             ran.complete.append(cell.name)
@@ -211,12 +211,15 @@ def _record_end(ended: Ended, cell: Cell, out: Path, ran: MatrixOutcome) -> None
     ran.failed.append((cell.name, reason))
 
 
-def _other_weights(cell: Cell, out: Path) -> str:
-    """Return a line where two workers have other weights under one name; empty otherwise."""
+def _other_weights(cell: Cell, out: Path, complete: Sequence[str]) -> str:
+    """Return a line where two workers have other weights under one name; empty otherwise.
+
+    ``complete``: cells of this run; what an earlier one left may be of other weights.
+    """
     hashes = {
         name: str(read_object(file)["weights_sha256"])
-        for file in sorted((out / "cells").glob(f"*/{MANIFEST}"))
-        if read_object(file)["model"] == cell.model and (name := file.parent.name)
+        for name in (*complete, cell.name)
+        if read_object(file := out / "cells" / name / MANIFEST)["model"] == cell.model
     }
     mine = hashes.pop(cell.name)
     other = next((name for name, value in hashes.items() if value != mine), None)

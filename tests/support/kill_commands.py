@@ -61,6 +61,8 @@ from tests.support.tiny import fixed_answer_model, tiny_model
 class Here:
     """Stands for the process of a cell or a trial: runs it here, so that a kill ends both."""
 
+    stdin = None
+
     def __init__(self, command: list[str], **_: Any) -> None:
         self.words = command[command.index("mlx_slim") + 1 :]
 
@@ -102,7 +104,7 @@ class Trial:
         with log.open("w") as handle:
             os.dup2(handle.fileno(), 1)
             os.dup2(handle.fileno(), 2)
-        children.subprocess = type("processes", (), {"Popen": Here})  # type: ignore[assignment]
+        children.subprocess = type("processes", (), {"Popen": Here, "PIPE": None})  # type: ignore[assignment]
         watch = Watch([self.work], limit, number)
         announce_events(watch)
         words = [*self.command.words, "-o", str(self.out)]
