@@ -35,6 +35,7 @@ ARXIV = re.compile(r"(?<!\d)\d{4}\.\d{5}(?!\d)")
 PAPERS = {
     "1909.08053": "Tensor parallelism (Megatron-LM)",
     "1904.09751": "The Curious Case of Neural Text Degeneration (nucleus sampling)",
+    "2304.11277": "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel",
     "2305.18290": "DPO: direct preference optimization",
     "2306.13649": "On-Policy Distillation of Language Models (GKD)",
     "1503.02531": "Distillation of logits at a temperature (Hinton et al.)",
