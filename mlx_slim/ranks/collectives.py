@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.core as mx
 
@@ -83,32 +84,33 @@ def all_sum(
         what: The bytes are counted under this name.
         patient: As ``watched``.
     """
-    if group.size() == 1:
-        return array
-    mx.eval(array)
-    state.sent[what] += summed_bytes(array.size, array.itemsize, group.size())
-    with watched(patient=patient):
-        total = mx.distributed.all_sum(array, group=group)
-        mx.eval(total)
-    return total
+    sent = summed_bytes(array.size, array.itemsize, group.size())
+    sum_over = partial(mx.distributed.all_sum, group=group)
+    return _collected(array, group, sum_over, what, sent, patient)
 
 
 def all_gather(
     array: mx.array, group: mx.distributed.Group, what: str, *, patient: bool = False
 ) -> mx.array:
-    """Return the arrays of all ranks, one after the other along axis 0, evaluated.
+    """Return the arrays of all ranks, one after the other along axis 0; else as ``all_sum``."""
+    sent = gathered_bytes(array.nbytes, group.size())
+    gather = partial(mx.distributed.all_gather, group=group, stream=mx.cpu)
+    return _collected(array, group, gather, what, sent, patient)
 
-    Args:
-        array: Of one shape and dtype on all ranks.
-        group: Of the ranks.
-        what: The bytes are counted under this name.
-        patient: As ``watched``.
-    """
+
+def _collected(
+    array: mx.array,
+    group: mx.distributed.Group,
+    collective: Callable[[mx.array], mx.array],
+    what: str,
+    sent: int,
+    patient: bool,
+) -> mx.array:
     if group.size() == 1:
         return array
     mx.eval(array)
-    state.sent[what] += gathered_bytes(array.nbytes, group.size())
+    state.sent[what] += sent
     with watched(patient=patient):
-        rows = mx.distributed.all_gather(array, group=group, stream=mx.cpu)
-        mx.eval(rows)
-    return rows
+        result = collective(array)
+        mx.eval(result)
+    return result

@@ -66,15 +66,18 @@ def _stepper(
     return Stepper(model, objective, **settings)
 
 
-def _same(stepper: Stepper, batches: list[Batch], ranks: int) -> None:
+def _gap(stepper: Stepper, batches: list[Batch], ranks: int) -> float:
+    """Return the largest difference of loss or gradient as a multiple of what is allowed."""
     sums, gradients, _ = stepper.sums(batches)
     of_ranks = [stepper.sums(batches, rank, ranks) for rank in range(ranks)]
     total = sum(float(np.array(one).sum()) for one, _, _ in of_ranks)
-    assert total == pytest.approx(float(np.array(sums).sum()), rel=1e-5)
+    whole = float(np.array(sums).sum())
+    gaps = [abs(total - whole) / (1e-5 * abs(whole))]
     for path, value in gradients.items():
         added = sum(one.get(path, mx.zeros_like(value)) for _, one, _ in of_ranks)
-        difference = np.abs(np.array(added - value)).max()
-        assert difference <= 1e-4 * to_float(mx.abs(value).max()) + 1e-7, path
+        difference = float(np.abs(np.array(added - value)).max())
+        gaps.append(difference / (1e-4 * to_float(mx.abs(value).max()) + 1e-7))
+    return max(gaps)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -99,20 +102,20 @@ def test_ranks_add_up_to_one(tiny: TinyModels, settings: dict[str, Any], ranks: 
             batches = _batches(count)
             if settings.get("compiled"):
                 batches = [padded(one, Shape(11, 32, 96)) for one in batches]
-            _same(stepper, batches, ranks)
+            assert _gap(stepper, batches, ranks) <= 1
 
 
 def test_packed_sequences_and_recomputed_blocks_too(tiny: TinyModels) -> None:
     stepper = _stepper(tiny)
     with checkpointed(structure.blocks(stepper.model)):
-        _same(stepper, _batches(1, packed=True), 2)
+        assert _gap(stepper, _batches(1, packed=True), 2) <= 1
 
 
 def test_without_work_a_rank_has_no_gradient(tiny: TinyModels) -> None:
     batch = replace(collate(ROWS, [[0]], isolate=False), entropy=(0, 0, 0))
     stepper = _stepper(tiny)
     assert stepper.sums([batch], 1, 2)[1:] == ({}, 0)
-    _same(stepper, [batch], 2)
+    assert _gap(stepper, [batch], 2) <= 1
 
 
 @pytest.mark.parametrize(
@@ -123,5 +126,5 @@ def test_what_is_not_drawn_row_by_row_is_computed_by_one_rank(
 ) -> None:
     stepper = _stepper(tiny, architecture, targets=targets)
     assert random_unit(stepper.model) == "micro-batch"
-    _same(stepper, _batches(1), 2)
+    assert _gap(stepper, _batches(1), 2) <= 1
     assert stepper.sums(_batches(1), 1, 2)[2] == 0
