@@ -31,6 +31,7 @@ from mlx_slim.reading import JsonObject
 from mlx_slim.training.ranks import BUCKET
 
 MOST_MACHINES = 64
+_MEGA = 1e6  # bytes: rates are shown in the unit in which --link takes them
 HELPS = 1.2  # times as fast: less is not worth a second machine
 # A step also gathers its losses, whether a rank is to stop, and the speeds: each some bytes.
 SMALL_COLLECTIVES, SMALL_BYTES = 3, 32
@@ -58,10 +59,10 @@ class Link:
     def __str__(self) -> str:
         """Return the name with the ranges."""
         (slow, fast), (short, long) = self.bandwidth, self.latency
-        rate = f"{slow / 1e6:,.0f} to {fast / 1e6:,.0f} MB/s"
+        rate = f"{slow / _MEGA:,.0f} to {fast / _MEGA:,.0f} MB/s"
         wait = f"{short * 1e6:,.0f} to {long * 1e6:,.0f} µs"
         if slow == fast and short == long:
-            return f"{slow / 1e6:,.0f} MB/s, {short * 1e6:,.0f} µs"
+            return f"{slow / _MEGA:,.0f} MB/s, {short * 1e6:,.0f} µs"
         return f"{self.name}, {rate}, {wait}"
 
 
@@ -88,7 +89,7 @@ def parse_link(text: str) -> Link:
     if name in LINKS:
         return LINKS[name]
     if measured := re.fullmatch(r"(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)", name.replace(" ", "")):
-        rate, wait = float(measured[1]) * 1e6, float(measured[2]) * 1e-6
+        rate, wait = float(measured[1]) * _MEGA, float(measured[2]) * 1e-6
         if 1e3 <= rate <= 1e12 and wait <= 10:
             return Link(name, (rate, rate), (wait, wait))
     close = did_you_mean(name, LINKS)
