@@ -105,7 +105,7 @@ class Recorder:
 
     def close(self) -> None:
         """Give the modules their classes back."""
-        for module, kind in self._classes:
+        for module, kind in reversed(self._classes):  # a shared module was watched twice
             module.__class__ = kind
 
 

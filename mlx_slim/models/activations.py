@@ -77,19 +77,15 @@ def use_fast_swiglu(model: nn.Module) -> int:
     Returns:
         The number of MLPs and groups of experts changed (0 on a GPU, and on a second call).
     """
-    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+    from mlx_lm.models.switch_layers import SwitchGLU
 
     if on_gpu():
         return 0
     fast: dict[type, type | None] = {}
-    changed = 0
+    changed = use_fast_experts(model)
     for module in model.modules():
         kind = type(module)
         if isinstance(module, SwitchGLU):
-            # One instance is the default of all mixtures: it is replaced, never changed.
-            if type(module.activation) is SwiGLU:
-                cast(Any, module).activation = _ExpertSwiGLU()
-                changed += 1
             continue
         if not all(name in module for name in GATED_MLP) or getattr(kind, "fast_swiglu", False):
             continue
@@ -98,6 +94,19 @@ def use_fast_swiglu(model: nn.Module) -> int:
         faster = fast[kind]
         if faster is not None:
             module.__class__ = faster
+            changed += 1
+    return changed
+
+
+def use_fast_experts(model: nn.Module) -> int:
+    """Give the experts of ``model`` the CPU activation, as ``use_fast_swiglu`` does."""
+    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+    changed = 0
+    for module in [] if on_gpu() else model.modules():
+        # One instance is the default of all mixtures: it is replaced, never changed.
+        if isinstance(module, SwitchGLU) and type(module.activation) is SwiGLU:
+            cast(Any, module).activation = _ExpertSwiGLU()
             changed += 1
     return changed
 

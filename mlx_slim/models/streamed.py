@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.artifacts import public_name
 from mlx_slim.models import structure
-from mlx_slim.models.activations import use_fast_swiglu
+from mlx_slim.models.activations import use_fast_experts, use_fast_swiglu
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.gated_delta import use_fast_gated_delta
 from mlx_slim.models.gemma import correct_gemma
@@ -109,8 +109,10 @@ def with_fast_forwards(weights: Open) -> Open:
 
     def open_model() -> nn.Module:
         model = weights()
+        use_fast_experts(model)  # before the classes: mixtures share the instance it replaces
         for path, module in model.named_modules():
-            module.__class__ = classes[path]
+            if type(module) is not classes[path]:
+                module.__class__ = classes[path]
         return model
 
     return open_model

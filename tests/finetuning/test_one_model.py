@@ -9,8 +9,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.events import Notice
 from mlx_slim.export.fuse import FuseOptions, fuse
 from mlx_slim.export.model import export_gguf, export_hf
 from mlx_slim.export.options import Mode
@@ -22,7 +20,6 @@ from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.pruning import report as prune_report
 from mlx_slim.pruning.run import PruneOptions, prune
-from mlx_slim.quantization.run import CompressOptions, compress
 from tests.support.adapters import write_adapter, write_quantized
 from tests.support.memory import reset_peak
 from tests.support.runs import Recorder, recipe, write_rows
@@ -68,42 +65,6 @@ def peak(device: str) -> Callable[[], int]:
     """Return the most that MLX held since the test began, besides what was there before."""
     before = reset_peak()
     return lambda: mx.get_peak_memory() - before
-
-
-def test_quantize(
-    dense: Path, size: int, wide: int, text: str, peak: Callable[[], int], tmp_path: Path
-) -> None:
-    settings = CompressOptions(QuantizeConfig(), calibration=text, length=32, fidelity_samples=2)
-    assert compress(dense, tmp_path / "q", settings).fidelity is not None
-    assert 0.9 * size < peak() < size + SLACK * wide
-
-
-def test_quantize_without_a_comparison_never_holds_the_dense_model(
-    dense: Path, size: int, wide: int, peak: Callable[[], int], tmp_path: Path
-) -> None:
-    compress(dense, tmp_path / "q", CompressOptions(QuantizeConfig(), fidelity_samples=0))
-    assert peak() < 0.3 * wide
-
-
-def test_quantize_a_model_that_does_not_fit_dense(
-    dense: Path,
-    size: int,
-    wide: int,
-    text: str,
-    peak: Callable[[], int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("mlx_slim.quantization.run.device_memory", lambda: size // 2)
-    heard = Recorder()
-    settings = CompressOptions(QuantizeConfig(), calibration=text, length=32)
-    assert compress(dense, tmp_path / "q", settings, heard).fidelity is None
-    assert peak() < 0.3 * wide
-    assert any(
-        "fidelity is not measured: the dense" in e.message
-        for e in heard.events
-        if isinstance(e, Notice)
-    )
 
 
 @pytest.mark.parametrize("mode", ["merge", "keep", "dequantize", "requantize"])

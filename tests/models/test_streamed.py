@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 
 from mlx_slim.adapters.stack import Weighted
 from mlx_slim.config.schema import QuantizeConfig
@@ -64,7 +65,7 @@ def _flat(module: Any) -> list[tuple[str, mx.array]]:
     return tree_flatten(module.parameters())  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [*sorted(ARCHITECTURES), "mixtral"])
 def test_rows_meet_what_the_whole_model_computes(tiny: TinyModels, architecture: str) -> None:
     model = load(tiny(architecture), dtype=mx.float32).model
     read = unread(tiny(architecture), dtype=mx.float32)
@@ -75,6 +76,7 @@ def test_rows_meet_what_the_whole_model_computes(tiny: TinyModels, architecture:
     assert mx.array_equal(in_memory(ROWS[:1]), logits(ROWS[:1]))
     assert mx.array_equal(model(ROWS[:1]), logits(ROWS[:1])), "it keeps its weights"  # type: ignore[operator]
     assert count_of_blocks(read.open) == count_of_blocks(model) == 3
+    assert type(SwitchGLU(8, 8, 2).activation) is SwiGLU  # mlx-lm's, that all mixtures share
 
 
 def test_a_block_is_freed_before_the_next_is_read(deep: Path) -> None:

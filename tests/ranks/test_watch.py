@@ -116,11 +116,14 @@ def test_one_rank_listens_nowhere_and_starts_no_thread() -> None:
 
 
 def test_under_the_launcher_the_others_print_the_same_line(tmp_path: Path) -> None:
-    """The launcher ends the survivors a second after a death, and returns 0 whatever happened."""
+    """The launcher ends the survivors a second after a death, and returns 0 whatever happened.
+
+    On a busy machine that second may be over before the second survivor has printed.
+    """
     script = RANK.replace("if told.item() and rank == 1:", "if number == 20 and rank == 1:")
     script = script.replace('if act == "sleep":', "os.kill(os.getpid(), 9)\n            if False:")
     done = run_script(script, tmp_path, "none", 60, ranks=3)
     line = "error: rank 1 of 3 ended without a word: killed, crashed, or out of memory" + RESUME
     lines = [one for one in done.stderr.splitlines() if one.startswith("error: ")]
-    assert lines == [line, line]
+    assert set(lines) == {line}
     assert done.returncode == 0

@@ -113,19 +113,27 @@ class Observer:
         if moment == "step" and getattr(event, "step", 0) == count and event.name == "step":
             die()
 
-if moment in ("save", "base"):  # "base": only writes of the quantized base count
+if moment == "save":
     write = mx.save_safetensors
     calls = []
     def save(path, *args, **kwargs):
-        inside = Path(path).parents  # base/ is built as .base.mlx-slim-tmp/new/
-        if moment == "save" or any("base" in folder.name for folder in inside[:2]):
-            calls.append(path)
+        calls.append(path)
         write(path, *args, **kwargs)
-        if calls[-1:] == [path] and len(calls) == count:
+        if len(calls) == count:
             with open(path, "r+b") as handle:
                 handle.truncate(20)
             die()
     mx.save_safetensors = save
+if moment == "base":  # a tensor of the quantized base is written, the next is not
+    from mlx_slim.models.shards import Shards
+    write_tensor = Shards.write
+    names = []
+    def write_some(self, name, value):
+        if len(names) == count:
+            die()
+        names.append(name)
+        write_tensor(self, name, value)
+    Shards.write = write_some
 small = recipe(Path(model), Path(data), method)
 finetune(small, Path(out), observer=Observer(), resume=resume == "1")
 """
