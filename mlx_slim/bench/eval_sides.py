@@ -128,7 +128,7 @@ def mlx_lm(work: EvalWork) -> JsonObject:
     """Answer with the ``MLXLM`` class of ``mlx_lm.evaluate``, called directly."""
     from mlx_lm.evaluate import MLXLM
 
-    from mlx_slim.models.load import cast
+    from mlx_slim.models.opening import cast
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, _ = read_questions(work)

@@ -138,7 +138,7 @@ def _stock(work: TrainWork) -> tuple[Any, Any]:
     """Return model and tokenizer as mlx-lm itself loads them, in the dtype of the benchmark."""
     from mlx_lm import load
 
-    from mlx_slim.models.load import cast as cast_model
+    from mlx_slim.models.opening import cast as cast_model
     from mlx_slim.runtime import resolve_dtype
 
     model, tokenizer = load(work.model)[:2]

@@ -96,6 +96,7 @@ class ChatSession:
     num_draft_tokens: int = 3
     prefill_tokens: int = PREFILL
     max_length: int | None = None
+    _told_length: bool = False
     _plain_seconds: float | None = None  # of a token without the draft
     _cache: list[Any] | None = None  # the model's, then the draft's
     _cached_ids: list[int] = field(default_factory=list)
@@ -247,6 +248,10 @@ class ChatSession:
         if self.limit is not None and tokens > self.limit.tokens:
             self.tell(f"{self.limit.why}: longer answers differ from those of transformers")
             self.limit = None  # once
+        if self.max_length is not None and tokens > self.max_length and not self._told_length:
+            length = f"{self.max_length:,} tokens"
+            self.tell(f"the model reads {length} by its config: what follows is unreliable")
+            self._told_length = True
 
     def _keep_prefix(self, ids: list[int]) -> int:
         """Cut the cache to a prefix of ``ids``, without the last token; return its length."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
 
 from mlx_slim import runtime
 from mlx_slim.adapters.stack import Weighted, used_folders
@@ -25,9 +24,10 @@ from mlx_slim.artifacts import hash_json, provenance
 from mlx_slim.config.parallel import Parallel
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import build
-from mlx_slim.models.load import Loaded, constants, model_files, read_config, read_weights, resolve
+from mlx_slim.models.load import Loaded, model_files, read_config, resolve
+from mlx_slim.models.opening import constants, read_weights
 from mlx_slim.models.parallel import Split, divide, divided_by, why_not
-from mlx_slim.models.quantized import DENSE_FRACTION, dense_layer, dequantize_weight, is_quantized
+from mlx_slim.models.quantized import DENSE_FRACTION, densify, is_quantized
 from mlx_slim.models.streamed import Unread
 from mlx_slim.quantization.base import unread_base
 from mlx_slim.reading import JsonObject, ModelConfig
@@ -193,11 +193,11 @@ def _opened(
     def again() -> nn.Module:
         other = unread.open()
         if dense:
-            _densify_unread(other)
+            densify(other, mx.float32, read=False)
         return other
 
     if dense:
-        _densify_unread(model)
+        densify(model, mx.float32, read=False)
     if stack:
         merge_unread(model, stack, again)
     divide(model, how)
@@ -222,11 +222,3 @@ def _dense_pays(model: nn.Module, memory: int) -> bool:
     from mlx_lm.utils import get_total_parameters
 
     return 4 * get_total_parameters(model) // world().size() < DENSE_FRACTION * memory
-
-
-def _densify_unread(model: nn.Module) -> None:
-    """Replace quantized layers by dense float32 ones, in place, nothing evaluated."""
-    for path, module in model.named_modules():
-        if "scales" in module and "weight" in module:
-            weight = dequantize_weight(module).astype(mx.float32)
-            model.update_modules(tree_unflatten([(path, dense_layer(module, weight))]))

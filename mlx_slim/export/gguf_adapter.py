@@ -35,7 +35,7 @@ from mlx_slim.models.build import refuse_unnamed, refuse_varied
 from mlx_slim.models.gguf.architectures import BY_MODEL_TYPE, Architecture, inner_path
 from mlx_slim.models.gguf.file import read_gguf
 from mlx_slim.models.hub import resolve
-from mlx_slim.models.load import open_weights
+from mlx_slim.models.opening import open_weights
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import ModelConfig, field, read_object
 from mlx_slim.runtime import human_bytes

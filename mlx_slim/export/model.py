@@ -30,7 +30,8 @@ from mlx_slim.models.gguf.load import import_gguf
 from mlx_slim.models.gguf.types import check_type
 from mlx_slim.models.gguf.write import check_writable_as_gguf, language_model, write_gguf
 from mlx_slim.models.hf import check_writable_as_hf, hf_config
-from mlx_slim.models.load import Loaded, cast, load, open_weights, read_config
+from mlx_slim.models.load import Loaded, load, read_config
+from mlx_slim.models.opening import cast, open_weights
 from mlx_slim.models.quantized import dense_parameters, densify, is_quantized
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.row_limits import row_limit

@@ -22,8 +22,9 @@ from mlx_slim.claims import makes_folder
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.gguf.load import import_gguf
-from mlx_slim.models.load import cast, load, read_weights
+from mlx_slim.models.load import load
 from mlx_slim.models.logits import kl_divergence
+from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.options import ConvertOptions
 from mlx_slim.models.quantized import densify, is_quantized, use_fast_matmul
 from mlx_slim.models.save import save_model, saved_config

@@ -13,22 +13,25 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_slim.artifacts import hash_files, public_name
 from mlx_slim.errors import SlimError
 from mlx_slim.models.activations import use_fast_swiglu
-from mlx_slim.models.build import construct
-from mlx_slim.models.config_checks import CONFIG, check_config, check_tokenizer, read_configs
-from mlx_slim.models.finite import check_finite
-from mlx_slim.models.gated_delta import use_fast_gated_delta
-from mlx_slim.models.gemma import correct_gemma
+from mlx_slim.models.config_checks import check_tokenizer
 from mlx_slim.models.hub import resolve, resolve_config
-from mlx_slim.models.normalize import Normalized, normalize_config
+from mlx_slim.models.opening import (
+    check_runs,
+    constants,
+    normalized_config,
+    open_corrected,
+    raw_config,
+    read_weights,
+    tensor_names,
+)
 from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.models.tensors import (
     FLOATS,
@@ -36,13 +39,11 @@ from mlx_slim.models.tensors import (
     WEIGHTS,
     Tensor,
     common_dtype,
-    few,
     folder_tensors,
     read_index,
-    same_bytes,
 )
 from mlx_slim.models.tokenizer import fit_tokenizer
-from mlx_slim.progress import stage, tracked
+from mlx_slim.progress import stage
 from mlx_slim.reading import ModelConfig, library_errors, short
 
 if TYPE_CHECKING:
@@ -50,15 +51,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loaded",
-    "cast",
     "load",
     "load_tokenizer",
     "model_files",
     "model_hash",
-    "open_weights",
     "read_config",
     "read_tokenizer",
-    "read_weights",
     "resolve",
 ]
 
@@ -134,19 +132,16 @@ def load(
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
     with stage(f"loading {public_name(source)}"):
-        model, config, notes = open_weights(
+        model, config, notes = open_corrected(
             folder, dtype=dtype, trust_remote_code=trust_remote_code
         )
         with library_errors(f"{short(folder)}: its weights cannot be read"):
-            correct_gemma(model, config)
-            use_fast_gated_delta(model)
             if transform is not None:
                 config = transform(model, config)
             if not lazy:
                 read_weights(model, short(folder))
             mx.eval(constants(model))
-    with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
-        model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
+    check_runs(model, folder)
     use_fast_matmul(model)
     use_fast_swiglu(model)
     with stage(f"loading the tokenizer of {public_name(source)}"):
@@ -157,51 +152,14 @@ def load(
         config=config,
         path=folder,
         source=str(source),
-        revision=folder.name if folder.parent.name == "snapshots" else revision,
+        revision=commit_of(folder, revision),
         notes=[*notes, *more],
     )
 
 
-def open_weights(
-    folder: Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
-) -> tuple[nn.Module, ModelConfig, list[str]]:
-    """Return the model of a folder with weights that MLX has not read yet, its config and notes.
-
-    Evaluating a parameter reads it; a model that drops it then holds one tensor at a time.
-
-    Raises:
-        SlimError: As ``load``.
-    """
-    raw = _raw_config(folder)
-    tensors = folder_tensors(folder)
-    normalized = _normalized(folder, raw, tensors, _names(raw, tensors))
-    model, config = _build(folder, normalized, trust_remote_code)
-    if dtype is not None:
-        cast(model, dtype)
-    return model, config, normalized.notes
-
-
-def read_weights(model: nn.Module, where: str = "the weights") -> None:
-    """Evaluate the parameters of ``model`` one at a time: what each is made of is freed first.
-
-    Args:
-        model: Its parameters may be unread.
-        where: Begins the message.
-
-    Raises:
-        SlimError: If one holds NaN or infinity.
-    """
-    tensors: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    check_finite(tracked(tensors, f"reading {where}", "tensors"), where)
-
-
-def constants(model: nn.Module) -> list[mx.array]:
-    """Return the arrays of ``model`` that are no parameters, such as a scale of its code.
-
-    They are evaluated where the model is loaded: another thread could not.
-    """
-    private = [v for m in model.modules() for name, v in m.items() if name.startswith("_")]
-    return [value for _, value in tree_flatten(private) if isinstance(value, mx.array)]
+def commit_of(folder: Path, revision: str | None) -> str | None:
+    """Return the commit of a hub snapshot; of another folder ``revision``."""
+    return folder.name if folder.parent.name == "snapshots" else revision
 
 
 def load_tokenizer(
@@ -213,7 +171,7 @@ def load_tokenizer(
         SlimError: As ``load`` does for the same reasons.
     """
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
-    config = _normalized(folder, _raw_config(folder), None, None).config
+    config = normalized_config(folder, raw_config(folder), None, None).config
     return read_tokenizer(folder, config, trust_remote_code)[0]
 
 
@@ -226,16 +184,16 @@ def read_config(source: str | Path, revision: str | None = None) -> ModelConfig:
         SlimError: As ``load`` does for the same reasons.
     """
     folder = resolve_config(source, revision)
-    raw = _raw_config(folder)
+    raw = raw_config(folder)
     names: set[str] | None = None
     tensors: dict[str, Tensor] | None = None
     if any(folder.glob(WEIGHTS)):
         tensors = folder_tensors(folder)
-        names = _names(raw, tensors)
+        names = tensor_names(raw, tensors)
         raw = {**raw, "dtype": FLOATS[common_dtype(tensors)]}
     elif (folder / INDEX).exists():
         names = set(read_index(folder))
-    return _normalized(folder, raw, tensors, names).config
+    return normalized_config(folder, raw, tensors, names).config
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -250,128 +208,6 @@ def model_hash(folder: Path) -> str:
     Records beside them (``prune.json``, ``fuse.json``, …) hold times; they do not count.
     """
     return hash_files(model_files(folder))
-
-
-def cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the floating parameters of ``model`` in place, but those its class keeps in float32.
-
-    Nothing is evaluated (``read_weights`` does it). Integer codes stay; the float32 tensor scale of
-    nvfp4 layers stays.
-    """
-    predicate = getattr(model, "cast_predicate", None) or (lambda path: True)
-
-    def one(path: str, value: Any) -> Any:
-        if not mx.issubdtype(value.dtype, mx.floating) or path.endswith("global_scale"):
-            return value
-        return value.astype(dtype) if predicate(path) else value
-
-    model.update(tree_map_with_path(one, model.parameters()))
-
-
-def _raw_config(folder: Path) -> ModelConfig:
-    from mlx_lm.utils import load_config
-
-    read_configs(folder)  # both of its files, before mlx-lm reads them
-    return load_config(folder)
-
-
-def _normalized(
-    folder: Path, raw: ModelConfig, tensors: dict[str, Tensor] | None, names: set[str] | None
-) -> Normalized:
-    """Return the normalised config, held against the tensors of the folder before."""
-    check_config(raw, folder, tensors)
-    with library_errors(
-        f"{short(folder / CONFIG)} cannot be used", "use the original model's file"
-    ):
-        return normalize_config(raw, names)
-
-
-def _names(config: ModelConfig, tensors: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors, less an ``lm_head`` that repeats the embedding of a tied model."""
-    names = set(tensors)
-    if config.get("tie_word_embeddings") is not True:
-        return names
-    heads = [name for name in names if name.endswith("lm_head.weight")]
-    embeddings = [name for name in names if name.endswith("embed_tokens.weight")]
-    if len(heads) == len(embeddings) == 1 and _equal(tensors, heads[0], embeddings[0]):
-        names.remove(heads[0])
-    return names
-
-
-def _equal(tensors: dict[str, Tensor], one: str, other: str) -> bool:
-    a, b = tensors[one], tensors[other]
-    if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.dtype.startswith(("F", "BF")):
-        return False
-    return same_bytes(a, b)
-
-
-def _build(folder: Path, normalized: Normalized, trust: bool) -> tuple[nn.Module, ModelConfig]:
-    from mlx_lm.utils import load_model
-
-    def classes(config: ModelConfig) -> tuple[Any, Any]:
-        def build(config: ModelConfig) -> nn.Module:
-            model = construct(config)
-            # All that does not fit in one error: the stock check stops at the first kind.
-            object.__setattr__(
-                model,
-                "load_weights",
-                lambda weights, strict=True: fill(model, folder, dict(weights)),
-            )
-            return model
-
-        return build, _Config
-
-    if normalized.config.get("model_file") and not trust:
-        raise SlimError(
-            f"{folder} has its own model code, which is not run by default",
-            "review it, then pass --trust-remote-code",
-        )
-    kind = normalized.config["model_type"]
-    with library_errors(
-        f"{short(folder)} does not fit mlx-lm's model class {kind!r}",
-        "its config.json or its weights do not match that model type",
-    ):
-        model, config = load_model(
-            folder,
-            lazy=True,
-            model_config=normalized.config,
-            get_model_classes=classes,
-            trust_remote_code=trust,
-        )
-    model.__dict__.pop("load_weights", None)
-    return model, config
-
-
-class _Config:
-    """Stands for the class of arguments: ``construct`` reads the config itself."""
-
-    @staticmethod
-    def from_dict(config: ModelConfig) -> ModelConfig:
-        """Return ``config``."""
-        return config
-
-
-def fill(model: nn.Module, folder: Path, tensors: dict[str, mx.array]) -> nn.Module:
-    """Put ``tensors`` into ``model``; raise with all differences if they are not its parameters."""
-    expected = dict(tree_flatten(model.parameters()))
-    problems = []
-    if missing := sorted(expected.keys() - tensors.keys()):
-        problems.append(f"{len(missing)} missing tensors ({few(missing)})")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        problems.append(f"{len(extra)} unexpected tensors ({few(extra)})")
-    shapes = [
-        f"{name} is {list(tensors[name].shape)}, expected {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    if shapes:
-        problems.append(f"{len(shapes)} wrong shapes ({few(shapes)})")
-    if problems:
-        raise SlimError(
-            f"{folder}: weights and config.json disagree: {'; '.join(problems)}",
-            "config.json and the weights must come from the same model",
-        )
-    return nn.Module.load_weights(model, list(tensors.items()), strict=False)
 
 
 def read_tokenizer(

@@ -25,14 +25,13 @@ from mlx_slim.artifacts import public_name
 from mlx_slim.models import structure
 from mlx_slim.models.activations import use_fast_experts, use_fast_swiglu
 from mlx_slim.models.finite import check_finite
-from mlx_slim.models.gated_delta import use_fast_gated_delta
-from mlx_slim.models.gemma import correct_gemma
-from mlx_slim.models.load import Loaded, cast, open_weights, read_tokenizer, read_weights, resolve
+from mlx_slim.models.load import Loaded, commit_of, read_tokenizer, resolve
+from mlx_slim.models.opening import cast, check_runs, open_corrected, read_weights
 from mlx_slim.models.quantized import use_fast_matmul
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.route import Forward, entangled, enter, leave
 from mlx_slim.progress import stage, tracked
-from mlx_slim.reading import ModelConfig, library_errors, short
+from mlx_slim.reading import ModelConfig
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -71,18 +70,11 @@ def unread(
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
 
     def opened() -> tuple[nn.Module, ModelConfig, list[str]]:
-        model, config, notes = open_weights(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        with library_errors(f"{short(folder)}: its weights cannot be read"):
-            correct_gemma(model, config)
-            use_fast_gated_delta(model)
-        return model, config, notes
+        return open_corrected(folder, dtype=dtype, trust_remote_code=trust_remote_code)
 
     open_model = with_fast_forwards(lambda: opened()[0])
     model, config, notes = opened()
-    with library_errors(f"{short(folder)} cannot be run", "use the original model's config"):
-        model(mx.zeros((1, 2), mx.int32))  # type: ignore[operator]  # shapes only: not evaluated
+    check_runs(model, folder)
     with stage(f"loading the tokenizer of {public_name(source)}"):
         tokenizer, more = read_tokenizer(folder, config, trust_remote_code)
     return Unread(
@@ -91,7 +83,7 @@ def unread(
         config,
         folder,
         str(source),
-        folder.name if folder.parent.name == "snapshots" else revision,
+        commit_of(folder, revision),
         [*notes, *more],
     )
 

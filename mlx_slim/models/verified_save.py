@@ -21,8 +21,9 @@ from mlx_slim.hashing import hash_bytes
 from mlx_slim.models import structure
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.lineage import carry
-from mlx_slim.models.load import Loaded, cast, open_weights, read_weights
+from mlx_slim.models.load import Loaded
 from mlx_slim.models.logits_close import Change, logits_close
+from mlx_slim.models.opening import cast, open_weights, read_weights
 from mlx_slim.models.save import new_folder, save_model
 from mlx_slim.models.shards import raw_bytes
 from mlx_slim.models.streamed import (

@@ -31,7 +31,8 @@ from mlx_slim.errors import ResourceError, RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.build import WIDTHS
-from mlx_slim.models.load import Loaded, cast, load, read_config, read_weights, resolve
+from mlx_slim.models.load import Loaded, load, read_config, resolve
+from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.streamed import Unread, answers_of, unread, weights_of

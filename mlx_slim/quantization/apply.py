@@ -23,7 +23,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.dequantize import dequantize
-from mlx_slim.models.load import Loaded, load, read_weights
+from mlx_slim.models.load import Loaded, load
+from mlx_slim.models.opening import read_weights
 from mlx_slim.models.quantized import LayerFormat, format_of, is_quantized, use_fast_matmul
 from mlx_slim.quantization.policy import Skipped, leaves, make_policy
 from mlx_slim.reading import ModelConfig
@@ -67,7 +68,7 @@ def quantize_model(
     """Quantize ``model`` in place by rounding to nearest; on a CPU its layers become fast ones.
 
     Args:
-        model: A dense model, its weights read already or not (``models.load.open_weights``).
+        model: A dense model, its weights read already or not (``models.opening.open_weights``).
         config: Its ``config.json``.
         quantize: Bits, group size and mode.
         recipe: One of mlx-lm's mixed recipes (``policy.RECIPES``), or None.

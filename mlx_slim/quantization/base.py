@@ -19,7 +19,8 @@ import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig, Recipe
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.load import Loaded, Transform, cast, load, read_config, read_weights
+from mlx_slim.models.load import Loaded, Transform, load, read_config
+from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.streamed import Unread, unread
 from mlx_slim.quantization.apply import load_quantized, quantize_model

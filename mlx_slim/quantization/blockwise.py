@@ -65,7 +65,7 @@ def quantize_blockwise(
     """Quantize ``model`` in place by training it block by block.
 
     Args:
-        model: Dense, its weights read already or not (``models.load.open_weights``).
+        model: Dense, its weights read already or not (``models.opening.open_weights``).
         config: Its ``config.json``.
         quantize: Bits and group size of mode affine.
         tokens_NT: Calibration rows, int32.

@@ -152,7 +152,7 @@ def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> La
     """Return the sizes that ``model`` can have; no weight is read.
 
     Args:
-        model: Dense, its weights read or not (``models.load.open_weights``).
+        model: Dense, its weights read or not (``models.opening.open_weights``).
         quantize: Its group size counts.
         stored: Dtype of the floating parameters on disk.
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.models import fidelity
-from mlx_slim.models.load import cast, read_weights
+from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.verified_save import compute_dtype

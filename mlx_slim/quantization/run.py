@@ -30,7 +30,8 @@ from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import ResourceError, RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
-from mlx_slim.models.load import Loaded, load, open_weights, read_config, resolve
+from mlx_slim.models.load import Loaded, load, read_config, resolve
+from mlx_slim.models.opening import open_weights
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit

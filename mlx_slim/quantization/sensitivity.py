@@ -31,8 +31,9 @@ from mlx_slim.models import structure
 from mlx_slim.models.activations import exp
 from mlx_slim.models.fidelity import CHUNK
 from mlx_slim.models.hub import cache_folder
-from mlx_slim.models.load import model_hash, open_weights
+from mlx_slim.models.load import model_hash
 from mlx_slim.models.logits import logsumexp, row_sums
+from mlx_slim.models.opening import open_weights
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.route import FromBlock, splits_at_blocks

@@ -56,6 +56,17 @@ def test_an_interrupted_answer_leaves_the_cache_right(tiny: Callable[..., Path])
     assert answer(session, ids) == answer(open_session(tiny("llama")), ids)
 
 
+def test_more_than_the_model_reads_is_said_once(tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = tiny_model(tmp_path / "short", "llama", max_position_embeddings=16)
+    session = open_session(folder, tell=lines.append)
+    answer(session, session.text_ids("count"), max_tokens=4)
+    assert not lines
+    answer(session, session.text_ids("count"), max_tokens=14)
+    answer(session, session.text_ids("count to a hundred in steps of two"), max_tokens=2)
+    assert lines == ["the model reads 16 tokens by its config: what follows is unreliable"]
+
+
 def test_the_same_prompt_twice(tiny: Callable[..., Path]) -> None:
     session = open_session(tiny("llama"))
     ids = session.text_ids("again and again")

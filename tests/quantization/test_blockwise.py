@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models.fidelity import compare
-from mlx_slim.models.load import open_weights
 from mlx_slim.models.logits import kl_divergence
+from mlx_slim.models.opening import open_weights
 from mlx_slim.quantization import blockwise, scale_training
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.quantization.block_rows import Training

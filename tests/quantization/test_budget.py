@@ -11,7 +11,7 @@ from mlx_slim.artifacts import weight_sizes
 from mlx_slim.cli.main import run
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.models.load import open_weights
+from mlx_slim.models.opening import open_weights
 from mlx_slim.models.quantized import format_of
 from mlx_slim.quantization.budget import LayerSizes, space_of
 from mlx_slim.quantization.heuristics import heuristic_losses

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_slim.adapters.store import load_adapter
 from mlx_slim.cli.main import run
-from mlx_slim.models.load import load, open_weights
+from mlx_slim.models.load import load
+from mlx_slim.models.opening import open_weights
 from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.quantization.compensation import best_factors, compensate
 from mlx_slim.quantization.policy import leaves, quantize_config

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_slim.adapters.inject import inject
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.config.schema import AdapterConfig, QuantizeConfig
-from mlx_slim.models.load import open_weights, read_weights
+from mlx_slim.models.opening import open_weights, read_weights
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import quantize_model
 from mlx_slim.ranks.state import state

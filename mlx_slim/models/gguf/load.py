@@ -58,7 +58,7 @@ def import_gguf(path: Path) -> GGUFModel:
 
 
 def _import(file: GGUFFile) -> GGUFModel:
-    from mlx_slim.models.load import fill, read_weights
+    from mlx_slim.models.opening import fill, read_weights
 
     path = file.path
     architecture = _architecture(file)
