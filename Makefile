@@ -15,6 +15,8 @@ METHODS ?= qlora
 MATRIX ?= matrix-tiny
 # Test processes side by side, each with one BLAS thread.
 JOBS ?= 2
+# Tests start hundreds of processes: a machine that forbids bytecode compiles transformers in each.
+TEST_ENV := env -u PYTHONDONTWRITEBYTECODE OPENBLAS_NUM_THREADS=1
 
 RECIPES := tinyllama-full tinyllama-lora tinyllama-qlora \
 	phi2-full phi2-lora phi2-qlora \
@@ -64,19 +66,19 @@ $(RECIPES): $(VENV)/.base
 		$(if $(MODEL),"model=$(MODEL)" revision=null) $(ARGS)
 
 test: $(VENV)/.dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 KILLS := $(if $(TMPDIR),$(TMPDIR),/tmp)/mlx-slim-kills
 kills: $(VENV)/.dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.kill_commands "$(KILLS)" $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m tests.support.kill_commands "$(KILLS)" $(ARGS)
 
 # Commit what changes with the reason; tests/test_reference_losses.py compares.
 reference-losses: $(VENV)/.dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.support.reference_losses
+	$(TEST_ENV) $(BIN)/python -m tests.support.reference_losses
 
 # A test that skips for lack of PyTorch is a failure here.
 parity: $(PARITY)/.done
-	MLX_SLIM_PARITY=required OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
+	MLX_SLIM_PARITY=required OMP_NUM_THREADS=1 $(TEST_ENV) \
 		$(PARITY)/bin/python -m pytest -n $(JOBS) tests/parity $(ARGS)
 
 # Installed by pip and by uv into empty environments outside the checkout: minutes, most of them

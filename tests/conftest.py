@@ -30,6 +30,13 @@ def unwatched() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_mirror(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the data mirror from tests that do not ask for it: each run would index its words."""
+    if "data_mirror" not in request.fixturenames:
+        monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """Return a function: architecture name -> folder of a tiny model, made once a session."""

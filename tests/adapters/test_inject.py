@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import _get_classes
 
 from mlx_slim.adapters.inject import Site, inject, sites
@@ -62,11 +62,15 @@ REAL = {
 
 
 def unallocated(config: dict) -> nn.Module:
-    """A model of the real size whose random weights are never computed."""
+    """A model of the real size whose weights are one zero each, shown in their shape."""
     if config["model_type"] == "mistral":
         config = config | {"model_type": "llama"}  # what mlx-lm maps it to
     model_class, args_class = _get_classes(config)
-    return model_class(args_class.from_dict(config))
+    model = model_class(args_class.from_dict(config))
+    model.update(
+        tree_map(lambda value: mx.broadcast_to(mx.array(0.0), value.shape), model.parameters())
+    )
+    return model
 
 
 @pytest.mark.parametrize("name", REAL)
