@@ -330,7 +330,7 @@ def slim(
     Args:
         model: MLX or Hugging Face folder, or hub id, not quantized.
         out: The folder of the search; must be new unless ``resume``.
-        options: Budget, demand and tasks.
+        options: Budget, demand and tasks; of several ``workers`` each candidate has a process.
         resume: Continue a search that was interrupted.
         observer: Hears of every event.
 

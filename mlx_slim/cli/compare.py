@@ -14,7 +14,7 @@ import click
 from mlx_slim.cli.options import options_of
 from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.compare.options import CompareOptions
-from mlx_slim.errors import Interrupted, SlimError, did_you_mean, without_secrets
+from mlx_slim.errors import Interrupted, SlimError, did_you_mean
 from mlx_slim.run_dir import RunDir, option_words
 
 if TYPE_CHECKING:
@@ -109,8 +109,9 @@ def _run(
 
 def _one(out: Path | None, matrix: str | None, name: str, quiet: bool) -> None:
     """Run one cell of a prepared folder; write its error to the file that the matrix reads."""
-    from mlx_slim.artifacts import write_json
+    from mlx_slim.cluster.failures import failure_in
     from mlx_slim.compare.cell import CellRun
+    from mlx_slim.compare.cell_job import failure_note
     from mlx_slim.compare.jobs import MatrixRun
     from mlx_slim.compare.runner import stored_layout
     from mlx_slim.console import Console
@@ -124,21 +125,13 @@ def _one(out: Path | None, matrix: str | None, name: str, quiet: bool) -> None:
         names = [cell.name for cell in layout.cells]
         raise SlimError(f"no cell is called {name!r}", did_you_mean(name, names))
     try:
-        with Console("quiet" if quiet else "auto", title=name) as console:
+        with (
+            failure_in(folder / failure_note(name), cell=name),
+            Console("quiet" if quiet else "auto", title=name) as console,
+        ):
             CellRun(MatrixRun(layout, folder, console), cell).run()
     except Interrupted as stop:
         raise Interrupted(stop.message, "the matrix resumes with --resume") from stop
-    except SlimError as error:
-        reason = "; ".join([error.message, *error.details])
-        reason += f" ({error.hint})" if error.hint else ""
-        note = {"cell": name, "reason": reason, "exit_code": error.exit_code}
-        write_json(folder / "failed" / f"{name}.json", note)
-        raise
-    except Exception as error:  # a bug of mlx-slim: the report names it
-        reason = " ".join(f"internal error: {type(error).__name__}: {error}".split())
-        note = {"cell": name, "reason": without_secrets(reason), "exit_code": 1}
-        write_json(folder / "failed" / f"{name}.json", note)
-        raise
 
 
 def _show_plan(layout: MatrixPlan) -> None:

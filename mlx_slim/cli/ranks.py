@@ -34,7 +34,7 @@ ONE_RANK = {
     "convert": _ALONE,
     "quantize": _ALONE,
     "prune": _ALONE,
-    "slim": _ALONE,
+    "slim": _CLUSTER,
     "sweep": _CLUSTER,
     "compare": _CLUSTER,
     "worker": "start it without mlx.launch, once on each machine",

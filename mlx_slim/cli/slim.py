@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mlx_slim.cli.options import options_of, show_next
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.next_steps import look_at, step, use_model
 from mlx_slim.slimming.options import SlimOptions
 
@@ -23,7 +23,7 @@ from mlx_slim.slimming.options import SlimOptions
     "slim",
     epilog="Example: mlx-slim slim models/mine -o slim/mine --disk 4GB --keep 95 --task hellaswag",
 )
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the search.")
 @click.option("--memory", metavar="SIZE", help="Most memory while answering: 6GB.")
 @click.option("--disk", metavar="SIZE", help="Most bytes of the model's folder: 4GB.")
@@ -34,12 +34,13 @@ from mlx_slim.slimming.options import SlimOptions
 )
 @options_of(SlimOptions, "limit", "data", "data_dir")
 @click.option("--time", metavar="TIME", help="Longest time of the search: 90m, 2h.")
-@options_of(SlimOptions, "revision")
+@options_of(SlimOptions, "revision", "workers", "cluster")
 @click.option("--resume", is_flag=True, help="Resume the search in DIR.")
+@click.option("--only", metavar="NAME", help="Make one candidate of the folder in this process.")
 @click.option("--dry-run", is_flag=True, help="List the candidates and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(
-    model: str,
+    model: str | None,
     out: Path | None,
     memory: str | None,
     disk: str | None,
@@ -47,6 +48,7 @@ def command(
     tasks: tuple[str, ...],
     time: str | None,
     resume: bool,
+    only: str | None,
     dry_run: bool,
     as_json: bool,
     **settings: Any,
@@ -60,6 +62,12 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
+
+    if only is not None:
+        _one(out, only)
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
     from mlx_slim.runtime import parse_duration, parse_size
 
     options = SlimOptions(
@@ -92,6 +100,26 @@ def command(
         )
     if report.demand_met is False or report.winner is None:
         raise SystemExit(1)
+
+
+def _one(out: Path | None, name: str) -> None:
+    """Make and score one candidate, silently; why it failed is in its folder.
+
+    Raises:
+        SlimError: If there is no such candidate.
+    """
+    from mlx_slim.cluster.failures import failure_in
+    from mlx_slim.console import Console
+    from mlx_slim.slimming.candidate_job import FAILURE, read_request, run_candidate
+
+    if out is None:
+        raise SlimError("no search to make a candidate of", "set -o DIR")
+    read_request(out / name)
+    try:
+        with failure_in(out / name / FAILURE), Console("quiet", title=name) as console:
+            run_candidate(out, name, console)
+    except Interrupted as stop:
+        raise Interrupted(stop.message, "the search resumes with --resume") from stop
 
 
 def _factor(text: str) -> float:

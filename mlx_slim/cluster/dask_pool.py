@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_slim import locks
 from mlx_slim.artifacts import write_json
 from mlx_slim.cluster import worker
 from mlx_slim.cluster.archive import pack, unpack
@@ -92,6 +93,15 @@ class DaskPool:
         return max(1, sum(one["nthreads"] for one in self._workers().values()))
 
     @property
+    def shared(self) -> bool:
+        """Whether every worker that is there now sees the output folder."""
+        try:
+            seen = self._client.run(worker.sees_output, self._request(Job("look", ()), b""))
+        except Exception:  # raised in a worker: one of another version
+            return False
+        return bool(seen) and all(seen.values())
+
+    @property
     def running(self) -> int:
         """How many jobs have been started and not waited for."""
         return len(self._started) + len(self._failed)
@@ -145,9 +155,7 @@ class DaskPool:
             return
         archive, _ = pack(self._out, job.reads)  # what is too large is where the job goes
         job = replace(job, memory=int(job.memory or self.budget))
-        request = JobRequest(
-            job, str(self._out), str(Path.cwd()), identity_of(self._out), archive, package_hash()
-        )
+        request = self._request(job, archive)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sending large graph")
             future = self._client.submit(
@@ -161,6 +169,10 @@ class DaskPool:
             )
         self._started[job.name] = _Started(job, future, only, refusals)
         future.add_done_callback(self._ended.put)
+
+    def _request(self, job: Job, archive: bytes) -> JobRequest:
+        identity = identity_of(self._out)
+        return JobRequest(job, str(self._out), str(Path.cwd()), identity, archive, package_hash())
 
     def _allowed(self, job: Job, refusals: dict[str, str]) -> list[str] | None:
         """Return the workers that a job may run on; None if that is all of them.
@@ -228,12 +240,20 @@ class DaskPool:
         return None
 
     def _store(self, job: Job, outcome: Outcome, where: str) -> None:
-        """Write the files of a job into the output folder, in place of earlier ones."""
-        for name in job.writes:
-            path = self._out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-        unpack(outcome.archive, self._out, job.writes)
+        """Put the files of a job into the output folder, in place of earlier ones.
+
+        Each file or folder of ``job.writes`` is there whole or not at all, whenever this process
+        is killed.
+        """
+        with locks.hold(self._out / "arrived") as work:
+            unpack(outcome.archive, work.folder / locks.NEW, job.writes)
+            for name in job.writes:
+                path, new = self._out / name, work.folder / locks.NEW / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                if new.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    new.rename(path)
         note = self._note(job.name)
         if outcome.large:
             workers = self._workers()

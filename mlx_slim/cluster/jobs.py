@@ -2,8 +2,8 @@
 
 Invariant: a job is one process of ``mlx-slim``, so that its memory goes back when it ends and its
 crash ends nothing else; it reads nothing of its output folder but ``reads``, and leaves nothing but
-``writes``. Used by ``compare`` (a cell a job) and ``sweep`` (a trial a job). Try it: ``mlx-slim
-compare matrix-tiny -o runs/tiny --workers 2``.
+``writes``. Used by ``compare``, ``sweep`` and ``slim`` (a cell, a trial, a candidate a job). Try it:
+``mlx-slim compare matrix-tiny -o runs/tiny --workers 2``.
 """
 
 from __future__ import annotations
@@ -141,6 +141,11 @@ class Pool(Protocol):
     @property
     def far(self) -> bool:
         """Whether jobs may run where this machine's models and rows are not."""
+        ...
+
+    @property
+    def shared(self) -> bool:
+        """Whether jobs run in the output folder itself, so that files of any size are there."""
         ...
 
     @property

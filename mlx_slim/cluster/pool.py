@@ -1,8 +1,8 @@
 """Who runs jobs: one process after the other, several on this machine, or a Dask cluster.
 
 Invariant: whoever runs a job, it is the same process with the same files; what has several at a
-time is Dask, on this machine too, so that memory is divided in one way. Used by ``compare`` and
-``sweep``. Try it: ``mlx-slim compare matrix-tiny -o runs/tiny --workers 2``.
+time is Dask, on this machine too, so that memory is divided in one way. Used by ``compare``,
+``sweep`` and ``slim``. Try it: ``mlx-slim compare matrix-tiny -o runs/tiny --workers 2``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OneByOne:
         budget: Bytes that a job may use.
     """
 
-    most, far = 1, False
+    most, far, shared = 1, False, True
 
     def __init__(self, out: Path, descriptor: int, budget: int) -> None:
         self._out, self._descriptor, self.budget = out, descriptor, budget

@@ -1,12 +1,12 @@
-"""What a training reads beside its output folder: rows, a template, teachers.
+"""What a job reads beside its output folder: rows, a template, teachers, tasks.
 
 Invariant: a hub id that is on no disk here names no input: a worker fetches it as this machine
-would. Used by ``compare`` and ``sweep`` for their jobs.
+would. Used by ``compare``, ``sweep`` and ``slim`` for their jobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx_slim.cluster.inputs import data_inputs, model_input
@@ -26,6 +26,22 @@ def recipe_inputs(recipe: Recipe) -> Iterator[Input]:
     for teacher in recipe.distill.teachers if recipe.distill else []:
         yield from model_input(teacher.model) if teacher.model else ()
     yield from data_inputs(_files(recipe))
+
+
+def task_inputs(tasks: Iterable[str], data_dir: Path | None = None) -> Iterator[Input]:
+    """Yield the files of tasks, and their scored rows, that are on this machine.
+
+    Args:
+        tasks: Names or files.
+        data_dir: The data mirror; None takes ``MLX_SLIM_DATA``.
+
+    Raises:
+        SlimError: If one is missing.
+    """
+    for name in tasks:
+        task = find_task(name)
+        rows = local_rows(task, data_dir)
+        yield from data_inputs([task.file, *(rows.files if rows is not None else [])])
 
 
 def _files(recipe: Recipe) -> Iterator[Path]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlx_slim.cluster.inputs import data_inputs, model_input
+from mlx_slim.cluster.inputs import model_input
 from mlx_slim.cluster.jobs import Input, Job
-from mlx_slim.cluster.recipe_inputs import recipe_inputs
+from mlx_slim.cluster.recipe_inputs import recipe_inputs, task_inputs
 from mlx_slim.compare.matrix import Cell, MatrixPlan
 from mlx_slim.compare.store import MANIFEST, MATRIX_FILE
-from mlx_slim.evaluation.tasks.rows import local_rows
-from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
 
 _SCRATCH = ("checkpoints",)  # what only a resume needs
@@ -79,9 +77,6 @@ def _inputs(layout: MatrixPlan, cell: Cell) -> Iterator[Input]:
     source = matrix.models[cell.model].source
     if source != SMOLLM2_PACKAGE:
         yield from model_input(source)
-    for entry in matrix.tasks:
-        task = find_task(entry.task)
-        rows = local_rows(task)
-        yield from data_inputs([task.file, *(rows.files if rows is not None else [])])
+    yield from task_inputs(entry.task for entry in matrix.tasks)
     if cell.kind == "tuned":
         yield from recipe_inputs(recipe)

@@ -17,7 +17,7 @@ from mlx_slim.compare.questions import plain_questions
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.footprint import planned_footprint
-from mlx_slim.evaluation.scoring.loglikelihood import MEMORY
+from mlx_slim.evaluation.scoring.loglikelihood import SCORING_BYTES
 from mlx_slim.evaluation.tasks.rows import count_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.models.hub import SMOLLM2_PACKAGE
@@ -36,7 +36,6 @@ FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M
 LOADING = 12.0  # seconds that a cell spends beside training and scoring
 GENERATED_TOKENS = 120  # tokens of a generated answer, about
 GENERATION_COST = 6.0  # a generated token costs so many times a read one
-SCORING_BYTES = 2 * MEMORY  # the scorer takes half of a power of two for its cache
 _UNKNOWN_ROWS = (1_000, 200)  # questions and tokens of a task whose rows are not here
 
 

@@ -66,6 +66,7 @@ FREE_ON_RESUME = (
     "train.keep_awake",
     "train.shard",
 )
+_PLACES = ("distill.cache",)  # where a run looks for what it would compute
 # These may grow: the run then takes more steps (``finetune.py``).
 _LENGTH = ("train.steps", "train.epochs")
 
@@ -271,7 +272,7 @@ def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"
         before, after = old.get(key), new.get(key)
-        if before == after or path in (*FREE_ON_RESUME, *_LENGTH):
+        if before == after or path in (*FREE_ON_RESUME, *_PLACES, *_LENGTH):
             continue
         if isinstance(before, dict) and isinstance(after, dict) and prefix == "":
             lines += _differences(before, after, f"{path}.")

@@ -9,28 +9,19 @@ Shapes: N rows, T tokens a row.
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_slim.artifacts import write_text
-from mlx_slim.config.load import Resolved, load_recipe
-from mlx_slim.distillation.run import distill
-from mlx_slim.errors import ResourceError
-from mlx_slim.events import Notice, Observer
-from mlx_slim.export.fuse import fuse
-from mlx_slim.export.options import FuseOptions
-from mlx_slim.finetuning.run_dir import STATE_FILE
+from mlx_slim.artifacts import write_json
+from mlx_slim.events import Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.load import Loaded, load, read_config
 from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, stored_dtype
-from mlx_slim.planner.choose import choose
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.run import prune, prune_loaded
 from mlx_slim.pruning.surgery import text_part
@@ -41,34 +32,12 @@ from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
 from mlx_slim.slimming.candidates import Candidate, Cut
+from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.records import MeasuredSpeed
+from mlx_slim.slimming.recovery import recover, recovers
 
-ROWS = 2000  # that a recovery learns from without a limit of time
-FEWEST_BITS = 5  # a model of so many, and not cut, is not recovered: rounding costs nearly nothing
+MODEL, SIZE = "model", "size.json"  # in the folder of a candidate
 _SPEED_PROMPT, _SPEED_ANSWER, _SPEED_ROUNDS = 512, 64, 3
-
-
-@dataclass(frozen=True)
-class Material:
-    """What candidates are made of.
-
-    Attributes:
-        source: The original.
-        revision: Of a hub model.
-        data: Rows to recover on and to calibrate with; None is the Alpaca mirror.
-        folder: Of the search: importance scores and targets of the teacher are shared in it.
-    """
-
-    source: str
-    revision: str | None
-    data: str | None
-    folder: Path
-
-    def scores_at(self, candidate: Candidate, index: int) -> Path | None:
-        """Return the file of the scores of a cut; only those of the original are shared."""
-        cut = candidate.cuts[index]
-        name = f"depth-{cut.layers}" if cut.axis == "depth" else cut.axis
-        return self.folder / f"importance-{name}.safetensors" if index == 0 else None
 
 
 @memory_limits()
@@ -104,38 +73,28 @@ def _formats(
     return {path: choice.format for path, choice in choices.items()}
 
 
-def make(
-    material: Material,
-    candidate: Candidate,
-    folder: Path,
-    observer: Observer,
-    *,
-    seconds: float | None = None,
-) -> str:
-    """Make ``folder/model``; return the method of its recovery, empty without one.
+def make(material: Material, candidate: Candidate, folder: Path, observer: Observer) -> None:
+    """Make ``folder/model``, and note its bytes in ``size.json``.
 
     Args:
         material: What it is made of.
-        candidate: What it is.
+        candidate: What it is; the recipe of its recovery is in the folder.
         folder: Of this candidate.
         observer: Gets every event.
-        seconds: Of the recovery; None learns from ``ROWS`` rows.
 
     Raises:
         ResourceError: If memory or disk do not suffice.
         SlimError: As ``prune``, ``distill`` and ``compress`` do.
     """
-    mixed = candidate.bits_per_weight is not None
-    recovers = bool(candidate.cuts) or (not mixed and (candidate.bits or 16) < FEWEST_BITS)
-    if not (folder / "model").exists():
+    if not (folder / MODEL).exists():
         dense = _pruned(material, candidate, folder, observer)
-        if not recovers:
-            quantize = candidate.quantize
-            assert quantize is not None, "the original is no candidate"
-            compress(dense, folder / "model", compress_options(material, candidate), observer)
+        if recovers(candidate):
+            recover(material, candidate, dense, folder, observer)
         else:
-            _recover(material, candidate, dense, folder, observer, seconds)
-    return recovery_of(folder).recipe.method if recovers else ""
+            assert candidate.quantize is not None, "the original is no candidate"
+            compress(dense, folder / MODEL, compress_options(material, candidate), observer)
+    files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
+    write_json(folder / SIZE, {"disk_bytes": sum(path.stat().st_size for path in files)})
 
 
 def compress_options(material: Material, candidate: Candidate) -> CompressOptions:
@@ -169,65 +128,6 @@ def _cut_options(material: Material, cut: Cut, source: str, index: int) -> Prune
     revision = material.revision if index == 0 else None
     config = read_config(source, revision)
     return cut.options(text_part(config)["num_hidden_layers"], material.data, revision)
-
-
-def recovery_of(folder: Path) -> Resolved:
-    """Return the recipe of a candidate's recovery."""
-    return load_recipe(str(folder / "recover.yaml"), [])
-
-
-def _recover(
-    material: Material,
-    candidate: Candidate,
-    dense: str,
-    folder: Path,
-    observer: Observer,
-    seconds: float | None,
-) -> None:
-    run = folder / "recover"
-    if not (folder / "recover.yaml").exists():
-        chosen = _recipe(material, candidate, dense, run, seconds)
-        assert chosen.text is not None
-        write_text(folder / "recover.yaml", chosen.text)
-    resolved = recovery_of(folder)
-    observer.notify(Notice(f"recovering {candidate.key}: {resolved.recipe.method}"))
-    if not (run / "run.json").exists():
-        distill(resolved, run, observer=observer, resume=(run / STATE_FILE).exists())
-    if (run / "model").exists():
-        (run / "model").rename(folder / "model")
-    elif (run / "adapters").exists():
-        fuse(dense, str(run / "adapters"), folder / "model", FuseOptions(calibration=material.data))
-
-
-def _recipe(
-    material: Material, candidate: Candidate, dense: str, run: Path, seconds: float | None
-) -> Resolved:
-    """Return how a candidate learns from the original: all weights where they fit, else LoRA."""
-    teacher = {"model": material.source, "revision": material.revision}
-    overrides = [
-        f"distill.teachers={json.dumps([teacher])}",
-        "distill.method=logits",
-        "distill.weight=1.0",
-        f"distill.cache={material.folder / 'targets'}",
-        "report_answers=0",
-        "train.keep=1",
-    ]
-    if candidate.bits is not None:
-        overrides += ["quantize.qat=true", f"quantize.bits={candidate.bits}"]
-    if material.revision is not None and not candidate.cuts:
-        overrides.append(f"revision={material.revision}")
-    if seconds is None:
-        overrides.append(f"data.max_rows={ROWS}")
-    data = material.data or "tatsu-lab/alpaca"
-    time_limit = None if seconds is None else f"{max(1, int(seconds))}s"
-    try:
-        return choose(
-            dense, data, out=run, method="full", time=time_limit, overrides=overrides
-        ).resolved
-    except ResourceError:
-        return choose(
-            dense, data, out=run, method="lora", time=time_limit, overrides=overrides
-        ).resolved
 
 
 @memory_limits()

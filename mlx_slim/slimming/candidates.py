@@ -178,7 +178,7 @@ class SearchSpace:
     def __init__(
         self, config: ModelConfig, dtype: mx.Dtype, options: SlimOptions, others: int
     ) -> None:
-        self._config, self._dtype = config, dtype
+        self._config, self.dtype = config, dtype
         self._cost = partial(
             cost, dtype=dtype, context=options.context, kv_bits=options.kv_bits, others=others
         )
@@ -189,17 +189,26 @@ class SearchSpace:
         axes = ("experts",) if self.original.experts else ("width", "hidden")
         self.axes = [axis for axis in axes if self._can(Cut(axis, target=target))]
 
+    def config_of(self, cuts: tuple[Cut, ...]) -> ModelConfig:
+        """Return the config of the dense model after all cuts; which layers go is not known yet.
+
+        Raises:
+            SlimError: If the model cannot be cut so.
+        """
+        config = self._config
+        for cut in cuts:
+            config = cut_config(config, cut, self.dtype.size)
+        return config
+
     def _can(self, cut: Cut) -> bool:
         try:
-            cut_config(self._config, cut, self._dtype.size)
+            self.config_of((cut,))
         except SlimError:
             return False
         return True
 
     def _candidate(self, bits: int | None, cuts: tuple[Cut, ...]) -> Candidate:
-        config = self._config
-        for cut in cuts:
-            config = cut_config(config, cut, self._dtype.size)
+        config = self.config_of(cuts)
         text = {**config, **(config.get("text_config") or {})}
         quantize = None if bits is None else format_of(bits)
         heads = text.get("num_key_value_heads") or text.get("num_attention_heads") or 0

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mlx_slim.cluster import options as cluster_options
+from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
 from mlx_slim.config.section import MOST, PositiveInt
 from mlx_slim.errors import SlimError
@@ -21,8 +23,8 @@ QUESTIONS = 1000  # of a task, where it has as many
 
 
 @dataclass(frozen=True)
-class SlimOptions:
-    """The budget and the demand.
+class SlimOptions(PoolOptions):
+    """The budget and the demand; where candidates are made, says ``PoolOptions``.
 
     Attributes:
         memory: Most bytes while answering: weights, cache at ``context``, working buffers; None is
@@ -88,6 +90,7 @@ def check(options: SlimOptions) -> None:
     Raises:
         SlimError: All problems.
     """
+    cluster_options.check(options)
     problems: list[tuple[str, str]] = []
     if not options.has_budget and options.keep is None:
         problems.append(("nothing is demanded", "set --memory, --disk, --speed or --keep"))

@@ -112,7 +112,7 @@ def answer(
     model: Path | str,
     plan: TaskPlan,
     folder: Path,
-    options: SlimOptions,
+    data_dir: Path | None,
     observer: Observer,
     *,
     whole: bool,
@@ -124,13 +124,13 @@ def answer(
         model: Folder or hub id.
         plan: The task.
         folder: Of the scores.
-        options: Where the data is.
+        data_dir: The data mirror; None takes ``MLX_SLIM_DATA``.
         observer: Gets every event.
         whole: Ask the claim questions too.
         revision: Of a hub model.
     """
     settings = EvalOptions(
-        limit=plan.limit if whole else plan.half, data_dir=options.data_dir, revision=revision
+        limit=plan.limit if whole else plan.half, data_dir=data_dir, revision=revision
     )
     if not (folder / "results.json").exists():
         resume = (folder / STATE_FILE).exists()

@@ -1,7 +1,7 @@
 """What a search was started with: how it is resumed, and the command that started it.
 
-Invariant: a resume needs the same model, demands and questions; the time that is left and the
-fraction to keep may change. Used by ``slimming/run.py``.
+Invariant: a resume needs the same model, demands and questions; the time that is left, the fraction
+to keep and the workers may change. Used by ``slimming/run.py``.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_slim.artifacts import SCHEMA_VERSION
+from mlx_slim.cluster.options import PoolOptions
+from mlx_slim.cluster.worker import MARKER
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import read_config, resolve
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import stored_dtype
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.reading import JsonObject, read_object
-from mlx_slim.run_dir import RunKind, changed_values
+from mlx_slim.run_dir import RunKind, changed_values, option_words
 from mlx_slim.slimming.candidates import SearchSpace
 from mlx_slim.slimming.cost import other_bytes
 from mlx_slim.slimming.options import SlimOptions
 
 STATE_FILE = "request.json"
-RUN = RunKind(command="slim", holds="search", state=STATE_FILE)
+RUN = RunKind(command="slim", holds="search", state=STATE_FILE, before=(MARKER,))
 _FIXED = ("context", "kv_bits", "tasks", "limit", "data", "revision", "memory", "disk", "speed")
 
 
@@ -58,6 +60,7 @@ def command_words(source: str | Path, options: SlimOptions) -> list[str]:
         words += ["--data-dir", str(options.data_dir)]
     if options.time is not None:
         words += ["--time", f"{options.time:g}s"]
+    words += option_words(PoolOptions(options.workers, options.cluster))
     return [*words, *(["--revision", options.revision] if options.revision else [])]
 
 

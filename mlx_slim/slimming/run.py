@@ -17,6 +17,7 @@ from mlx_slim.events import Notice, Observer
 from mlx_slim.reading import library_errors, read_object
 from mlx_slim.run_dir import RunDir
 from mlx_slim.runtime import human_seconds
+from mlx_slim.slimming.candidate_job import CANDIDATES, TARGETS
 from mlx_slim.slimming.conclusion import conclude
 from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.options import SlimOptions, check
@@ -38,7 +39,8 @@ def slim(
     Args:
         source: Dense model, folder or hub id.
         out: The folder; must be new unless ``resume``.
-        options: Budget, demand and tasks.
+        options: Budget, demand and tasks, and where candidates are made: in this process, or by
+            several workers in processes.
         observer: Gets every event.
         resume: Resume a search that was started with the same demands.
 
@@ -59,7 +61,7 @@ def slim(
             return report
         with RunDir(out, RUN).resumable(partial(command_words, source, options)):
             search = Search(str(source), out, options, observer)
-            winner = search.choose()
+            winner = search.choose(claimed.descriptor)
             report = conclude(search, winner)
             write_json(out / REPORT_FILE, report.as_json())
             finish(out, report.winner)
@@ -81,11 +83,11 @@ def read_report(folder: Path) -> SlimReport:
 def finish(out: Path, winner: str | None) -> None:
     """Move the winner's weights to ``model/``; remove those of the others."""
     if winner is not None and not (out / MODEL).exists():
-        (out / "candidates" / winner / MODEL).rename(out / MODEL)
-    for folder in (out / "candidates").glob("*"):
-        for name in (MODEL, "pruned-1", "pruned-2", "recover"):
+        (out / CANDIDATES / winner / MODEL).rename(out / MODEL)
+    for folder in (out / CANDIDATES).glob("*"):
+        for name in (MODEL, "pruned-1", "pruned-2", TARGETS, "recover"):
             if name != "recover":
                 shutil.rmtree(folder / name, ignore_errors=True)
             else:
                 shutil.rmtree(folder / name / "checkpoints", ignore_errors=True)
-    shutil.rmtree(out / "targets", ignore_errors=True)
+    shutil.rmtree(out / TARGETS, ignore_errors=True)

@@ -8,17 +8,22 @@ Shapes: N rows, T tokens a row.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_slim.artifacts import write_json
+from mlx_slim.cluster.jobs import Job, Pool
+from mlx_slim.cluster.pool import pool_of
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import find
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.scoring.loglikelihood import SCORING_BYTES
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import load, load_tokenizer, read_config
 from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
@@ -27,19 +32,29 @@ from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.pruning.run import VALIDATION_LENGTH
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import human_bytes
-from mlx_slim.slimming import build, proof
+from mlx_slim.runtime import human_bytes, memory_budget
+from mlx_slim.slimming import build, proof, recovery
+from mlx_slim.slimming.build import MODEL
+from mlx_slim.slimming.candidate_job import (
+    CANDIDATES,
+    SCORES,
+    TARGETS,
+    CandidateRequest,
+    candidate_job,
+)
 from mlx_slim.slimming.candidates import BITS, Candidate, listed
+from mlx_slim.slimming.making import CandidateMaker, MakesHere, MakesInPool, check_sizes
+from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, answer, paired, plan_questions
 from mlx_slim.slimming.records import CandidateRow, MeasuredSpeed
 from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
 
-MODEL = "model"
 FEW = 3  # candidates that are recovered under a budget
 _RANK_ROWS = 8  # of VALIDATION_LENGTH tokens
 _FAILURES = 2  # sizes in a row that fall short of the score, which end a search without a budget
 _CLAIM_TIME = 0.15  # of the time that is left: for scoring
+_SLACK = 4  # a job reserves a quarter more than it is predicted to need
 
 
 class Search:
@@ -56,26 +71,53 @@ class Search:
         self.rows: dict[str, CandidateRow] = {
             one.key: CandidateRow(one, one.name(self.original)) for one in self.listed
         }
-        self.material = build.Material(source, options.revision, options.data, out)
+        self.material = Material(source, options.revision, options.data, out, out / TARGETS)
         self.base: list[ModelAnswers] = []
         self.provable = 0.0
         self._rank_rows()  # unusable text is refused before anything is scored
-        if not (out / STATE_FILE).exists():
-            write_json(out / STATE_FILE, request_of(source, options))
 
     # ------------------------------------------------------------------------------------ phases
 
-    def choose(self) -> Candidate | None:
+    def choose(self, descriptor: int) -> Candidate | None:
         """Return the winner on the selection questions; None if no candidate meets the demands.
 
+        Args:
+            descriptor: Of the lock of the search's folder, for processes.
+
         Raises:
-            SlimError: If the claim questions cannot show the demanded fraction.
+            SlimError: If the claim questions cannot show the demanded fraction, or the workers
+                cannot be used.
         """
-        self.say(f"{len(self.listed)} candidates; the original has {self._size(self.original)}")
-        self.base = [self._original(plan) for plan in self.tasks]
-        self.provable = self._provable()
-        self._rank()
-        return self._best_within() if self.options.has_budget else self._smallest_sufficient()
+        with self._maker(descriptor) as maker:
+            if not (self.out / STATE_FILE).exists():
+                write_json(self.out / STATE_FILE, request_of(self.material.source, self.options))
+            self.say(f"{len(self.listed)} candidates; the original has {self._size(self.original)}")
+            self.base = [self._original(plan) for plan in self.tasks]
+            self.provable = self._provable()
+            self._rank()
+            if not self.options.has_budget:
+                return self._smallest_sufficient(maker)
+            chosen = self._nearest()
+            for number, one in enumerate(chosen):
+                self._score(maker, one, chosen[number + 1 :], len(chosen) - number)
+        return self._best_within(chosen)  # speeds are measured where no job runs beside
+
+    @contextlib.contextmanager
+    def _maker(self, descriptor: int) -> Iterator[CandidateMaker]:
+        """Yield who makes candidates.
+
+        Raises:
+            SlimError: If the workers cannot be used.
+        """
+        options = self.options
+        if not options.several:
+            yield MakesHere(self.scored)
+            return
+        budget = memory_budget("auto")
+        with pool_of(self.out, descriptor, options, budget, self.say) as pool:
+            check_sizes(self.listed, pool, self.out)
+            apart = options.cluster is not None
+            yield MakesInPool(pool, apart, self._is_scored, partial(self._job, pool))
 
     def say(self, text: str, level: str = "info") -> None:
         """Tell the observer."""
@@ -91,7 +133,7 @@ class Search:
             self.material.source,
             plan,
             folder,
-            self.options,
+            self.options.data_dir,
             self.observer,
             whole=True,
             revision=self.options.revision,
@@ -167,8 +209,8 @@ class Search:
     def _by_distance(self, among: Iterable[Candidate]) -> list[Candidate]:
         return sorted(among, key=lambda one: (self.rows[one.key].kl, one.key))
 
-    def _best_within(self) -> Candidate | None:
-        """Return the best scored candidate of the budget: the nearest of each kind, recovered."""
+    def _nearest(self) -> list[Candidate]:
+        """Return the candidates of a budget that are made: the nearest of each kind."""
         ranked = self._by_distance(self.listed)
         nearest = {one.kind: one for one in reversed(ranked)}
         chosen = self._by_distance(nearest.values())[:FEW]
@@ -176,9 +218,13 @@ class Search:
         for one in ranked:
             if one not in chosen:
                 self.note(one, verdict=f"not among the {len(chosen)} nearest before recovery")
+        return chosen
+
+    def _best_within(self, scored: list[Candidate]) -> Candidate | None:
+        """Return the best of the scored candidates that are within the budget."""
         fitting = []
-        for number, one in enumerate(chosen):
-            self._score(one, len(chosen) - number)
+        for one in scored:
+            self._measure_speed(one)
             row = self.rows[one.key]
             if row.speed and row.speed.generation_ratio < (self.options.speed or 0):
                 self.note(one, verdict=f"{row.speed.generation_ratio:.2f} x the original's speed")
@@ -188,6 +234,7 @@ class Search:
                 fitting.append(one)
         if not fitting:
             return None
+        ranked = self._by_distance(self.listed)
         near = {one.key: -number for number, one in enumerate(ranked)}
         best = max(fitting, key=lambda one: (self._selected(one).second, near[one.key]))
         for one in fitting:
@@ -199,7 +246,7 @@ class Search:
         disk = self.options.disk
         return disk is not None and row.disk_bytes is not None and row.disk_bytes > disk
 
-    def _smallest_sufficient(self) -> Candidate | None:
+    def _smallest_sufficient(self, maker: CandidateMaker) -> Candidate | None:
         """Return the smallest candidate that keeps the share on the selection questions.
 
         Sizes are tried from the largest down, the nearest to the original at each, until the share
@@ -207,15 +254,16 @@ class Search:
         """
         fraction, best, failures = self.options.keep_fraction, None, 0
         assert fraction is not None
-        for rung in _rungs(self.listed, self.original):
-            one = self._by_distance(rung)[0]
+        rungs = _rungs(self.listed, self.original)
+        nearest = [self._by_distance(rung)[0] for rung in rungs]
+        for number, (one, rung) in enumerate(zip(nearest, rungs, strict=True), 1):
             for other in rung:
                 if other != one:
                     self.note(other, verdict="farther from the original than another of its size")
             if failures == _FAILURES:
                 self.note(one, verdict="smaller than two that do not keep the share")
                 continue
-            self._score(one, 1)
+            self._score(maker, one, nearest[number:], 1)
             if self._selected(one).keeps(fraction):
                 if best is not None:
                     self.note(best, verdict="keeps the share; a smaller one does too")
@@ -226,28 +274,34 @@ class Search:
                 self.note(one, verdict=f"only {100 * least:.1f}% is shown on the selection")
         return best
 
-    def _score(self, one: Candidate, left: int) -> None:
-        """Make a candidate and score it on the selection questions; ``left`` share the time."""
-        answers = self.scored(one, left)
+    def _score(
+        self, maker: CandidateMaker, one: Candidate, later: Sequence[Candidate], left: int
+    ) -> None:
+        """Have a candidate made and scored on the selection questions, and note its scores."""
+        maker.ensure(one, later, left)
+        answers = self.scored(one)
         retention = proof.retention(paired(self.base, answers, selection=True))
         self.note(one, selection=retention)
         folder = self.folder(one)
-        if (folder / "recover.yaml").exists():
-            self.note(one, recovered=build.recovery_of(folder).recipe.method)
-        size = read_object(folder / "size.json", disk_bytes=int)["disk_bytes"]
+        if (folder / recovery.RECIPE).exists():
+            self.note(one, recovered=recovery.recipe_of(folder).recipe.method)
+        size = read_object(folder / build.SIZE, disk_bytes=int)["disk_bytes"]
         self.note(one, disk_bytes=size)
-        if self.options.speed is not None:
-            file = folder / "speed.json"
-            if not file.exists():
-                speed = build.speed_beside(
-                    self.material.source, folder / MODEL, self.options.revision
-                )
-                write_json(file, asdict(speed))
-            self.note(one, speed=MeasuredSpeed(**read_object(file)))
         self.say(
             f"{self.rows[one.key].name}: {100 * retention.second:.1f}% on the selection, "
             f"{percent(retention)} of the original's"
         )
+
+    def _measure_speed(self, one: Candidate) -> None:
+        """Measure the speed of a candidate beside the original's, where one is demanded."""
+        if self.options.speed is None:
+            return
+        folder = self.folder(one)
+        file = folder / "speed.json"
+        if not file.exists():
+            source, revision = self.material.source, self.options.revision
+            write_json(file, asdict(build.speed_beside(source, folder / MODEL, revision)))
+        self.note(one, speed=MeasuredSpeed(**read_object(file)))
 
     def _selected(self, one: Candidate) -> proof.Retention:
         retention = self.rows[one.key].selection
@@ -256,25 +310,60 @@ class Search:
 
     def folder(self, one: Candidate) -> Path:
         """Return the folder that the candidate is made in."""
-        return self.out / "candidates" / one.key
+        return self.out / CANDIDATES / one.key
 
     def scored(self, one: Candidate, left: int = 1, *, whole: bool = False) -> list[ModelAnswers]:
         """Return a candidate's answers, made and scored where that was not done."""
         folder = self.folder(one)
-        scores = self.out / ("claim" if whole else "scores") / one.key
-        complete = all((scores / plan.name / "results.json").exists() for plan in self.tasks)
-        if not (complete and (folder / "size.json").exists()):
-            folder.mkdir(parents=True, exist_ok=True)
-            build.make(self.material, one, folder, self.observer, seconds=self._seconds(left))
-            files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
-            size = sum(path.stat().st_size for path in files)
-            write_json(folder / "size.json", {"disk_bytes": size})
+        if not self._is_scored(one, whole=whole):
+            self._prepare(one, left)
+            build.make(self.material, one, folder, self.observer)
+        scores, data_dir = self._scores(one, whole), self.options.data_dir
         return [
-            answer(
-                folder / MODEL, plan, scores / plan.name, self.options, self.observer, whole=whole
-            )
+            answer(folder / MODEL, plan, scores / plan.name, data_dir, self.observer, whole=whole)
             for plan in self.tasks
         ]
+
+    def _scores(self, one: Candidate, whole: bool) -> Path:
+        return self.out / ("claim" if whole else SCORES) / one.key
+
+    def _is_scored(self, one: Candidate, whole: bool = False) -> bool:
+        """Return whether a candidate is made, and has answered all questions."""
+        folder, scores = self.folder(one), self._scores(one, whole)
+        answered = all((scores / plan.name / "results.json").exists() for plan in self.tasks)
+        weights = any((folder / MODEL).glob("*.safetensors"))
+        return answered and weights and (folder / build.SIZE).exists()
+
+    def _prepare(self, one: Candidate, left: int, budget: int | None = None) -> None:
+        """Make the folder of a candidate, and choose how it recovers, where that was not done."""
+        folder = self.folder(one)
+        folder.mkdir(parents=True, exist_ok=True)
+        if recovery.recovers(one) and not (folder / recovery.RECIPE).exists():
+            config, seconds = self.space.config_of(one.cuts), self._seconds(left)
+            recovery.write_recipe(
+                self.material, one, folder, config, seconds=seconds, budget=budget
+            )
+
+    def _job(self, pool: Pool, one: Candidate, left: int) -> Job:
+        """Return the process of a candidate: it reserves what its largest step needs, and more."""
+        self._prepare(one, left, pool.budget)
+        stored = compute_dtype() or self.space.dtype
+        needed = self.original.cost.parameters * stored.size + SCORING_BYTES
+        if recovery.recovers(one):
+            config = self.space.config_of(one.cuts)
+            needed = max(needed, recovery.peak_bytes(self.folder(one), config))
+        memory = min(pool.budget, needed + needed // _SLACK)
+        data_dir = self.options.data_dir
+        request = CandidateRequest(
+            source=self.material.source,
+            revision=self.material.revision,
+            data=self.material.data,
+            data_dir=None if data_dir is None else str(data_dir),
+            candidate=one,
+            tasks=tuple(self.tasks),
+        )
+        self.say(f"── {self.rows[one.key].name}")
+        return candidate_job(self.out, request, memory, far=pool.far)
 
     def _seconds(self, left: int) -> float | None:
         """Return the time of one of ``left`` recoveries; None without a limit."""

@@ -33,6 +33,7 @@ from mlx_slim.progress import Stage, stage
 from mlx_slim.runtime import default_num_threads, on_gpu, run_in_threads
 
 MEMORY = 2**30  # bytes of keys and values that are cached for sharing
+SCORING_BYTES = 2 * MEMORY  # of a job: the scorer takes half of a power of two for its cache
 HEAD_LOGITS = 1 << 24  # logits that exist at one time
 MIN_ROOT = 16  # a shorter prefix of everything is not cached between calls
 MIN_BATCH = 64  # positions: a smaller batch only costs overhead
