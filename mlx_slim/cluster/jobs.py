@@ -2,8 +2,8 @@
 
 Invariant: a job is one process of ``mlx-slim``, so that its memory goes back when it ends and its
 crash ends nothing else; it reads nothing of its output folder but ``reads``, and leaves nothing but
-``writes``. Used by ``compare``, ``sweep`` and ``slim`` (a cell, a trial, a candidate a job). Try it:
-``mlx-slim compare matrix-tiny -o runs/tiny --workers 2``.
+``writes``. Used by ``compare``, ``sweep`` and ``slim``: a cell, a trial, a candidate is a job. Try
+it: ``mlx-slim compare matrix-tiny -o runs/tiny --workers 2``.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from mlx_slim.cluster.dask_pool import cluster_pool
 from mlx_slim.cluster.inputs import data_inputs
 from mlx_slim.cluster.jobs import Ended, Job
 from mlx_slim.cluster.worker import sees_output
+from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
 from tests.support.matrix_run import write_files, write_yaml
+from tests.support.stored import files_of, until
 from tests.support.tiny import tiny_model
 
 
@@ -84,36 +85,19 @@ def _find_far(one: inputs.Input, origin: Path) -> Path:
     return inputs.find(one, Path("/nowhere"))
 
 
-def files_of(folder: Path) -> dict[str, Any]:
-    """Return the files of a matrix folder's cells, without what a clock says."""
-    stored: dict[str, Any] = {}
-    for file in sorted((folder / "cells").rglob("*")):
-        if not file.is_file() or "checkpoints" in file.parts:
-            continue
-        name = file.relative_to(folder).as_posix()
-        if file.suffix == ".json":
-            stored[name] = timeless(json.loads(file.read_text()))
-        elif file.suffix == ".jsonl":
-            stored[name] = [timeless(json.loads(line)) for line in file.read_text().splitlines()]
-        elif file.suffix == ".safetensors":
-            stored[name] = file.read_bytes()
-    return stored
-
-
-def timeless(value: Any) -> Any:
-    clocks = ("seconds", "per_second", "time", "started", "finished", "memory_bytes", "load")
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if not any(c in k for c in clocks)}
-    return [timeless(one) for one in value] if isinstance(value, list) else value
+def rows_far_away(matrix: Path) -> Path:
+    """Return a folder that has the rows, and is to have the models."""
+    far = matrix / "far"
+    (far / "rows").mkdir(parents=True)
+    for name in ("rows.jsonl", "toy.jsonl", "toytask.yaml"):
+        (far / "rows" / name).write_bytes((matrix / name).read_bytes())
+    return far
 
 
 def test_far_workers_leave_the_files_of_one_machine(
     cluster: Any, matrix: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far = matrix / "far"
-    (far / "rows").mkdir(parents=True)
-    for name in ("rows.jsonl", "toy.jsonl", "toytask.yaml"):
-        (far / "rows" / name).write_bytes((matrix / name).read_bytes())
+    far = rows_far_away(matrix)
     monkeypatch.setenv("MLX_SLIM_DATA", str(far / "rows"))
     assert command(["compare", "toy.yaml", "-o", "out", "--quiet"]) == 0
     (matrix / "out").rename(matrix / "alone")
@@ -125,7 +109,7 @@ def test_far_workers_leave_the_files_of_one_machine(
         where = ["--cluster", cluster.scheduler_address]
         assert command(["compare", "toy.yaml", "-o", "out", "--quiet", *where]) == 0
         client.run(far_away, None)
-    alone, there = files_of(matrix / "alone"), files_of(matrix / "out")
+    alone, there = (files_of(matrix / name, "cells") for name in ("alone", "out"))
     assert there.keys() == alone.keys()
     assert [name for name in alone if there[name] != alone[name]] == []
     sweep = read_json(matrix / "out/sweeps/toy-lora/sweep.json")
@@ -135,18 +119,40 @@ def test_far_workers_leave_the_files_of_one_machine(
     )
 
 
+def test_far_workers_make_the_candidates_of_a_search(
+    cluster: Any, matrix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models come back in archives; what was chosen is the same."""
+    far = rows_far_away(matrix)
+    words = ["slim", "models/toy", "--disk", "150KB", "--task", "toytask.yaml"]
+    words += ["--data", "rows.jsonl", "--limit", "8"]
+    monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
+    assert command([*words, "-o", "out"]) == 0
+    (matrix / "out").rename(matrix / "alone")
+    (matrix / "models").rename(far / "models")
+    (matrix / "models").symlink_to(far / "models")  # the search reads it, too
+    with connected(cluster) as client:
+        client.run(far_away, str(far))
+        where = ["--cluster", cluster.scheduler_address]
+        assert command([*words, "-o", "out", *where]) == 0
+        client.run(far_away, None)
+    names = ("slim.json", "model", "scores", "claim", "ranked")
+    alone, there = (files_of(matrix / name, *names) for name in ("alone", "out"))
+    assert there.keys() == alone.keys()
+    assert [name for name in alone if there[name] != alone[name]] == []
+    files = sorted((matrix / "alone").glob("candidates/*/recover.yaml"))
+    for file in files:
+        other = matrix / "out" / file.relative_to(matrix / "alone")
+        assert load_recipe(str(file)).recipe == load_recipe(str(other)).recipe
+    assert len(files) > 1
+    assert not list((matrix / "out").glob("candidates/*/model"))
+    assert command(["report", "out", "--verify"]) == 0
+
+
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [one for line in lines if (one := json.loads(line))["event"] == name]
-
-
-def until(ready: Callable[[], Any], seconds: float = 500) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := ready()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return value
 
 
 def test_a_killed_worker_and_a_killed_coordinator_lose_nothing(cluster: Any, matrix: Path) -> None:

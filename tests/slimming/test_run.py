@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,11 @@ from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
-from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.records import SlimReport
 from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
 from mlx_slim.slimming.verify import verify
-from tests.support.evals import write_tasks
-from tests.support.runs import Recorder, run_script, write_rows
-
-Setting = tuple[Path, SlimOptions]
-
-
-@pytest.fixture(autouse=True)
-def _no_general_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLX_SLIM_DATA", raising=False)
-
-
-@pytest.fixture(scope="module")
-def setting(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """A model and a budget that bits, depth and width can meet."""
-    folder = tmp_path_factory.mktemp("setting")
-    rows = write_rows(folder / "rows.jsonl")
-    choice, _, _ = write_tasks(folder / "tasks", 24)
-    options = SlimOptions(disk=150_000, tasks=(str(choice),), data=str(rows), limit=24)
-    return tiny(), options
-
-
-@pytest.fixture(scope="module")
-def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished search; tests that change it copy it."""
-    out = tmp_path_factory.mktemp("search") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLX_SLIM_DATA", raising=False)
-        slim(setting[0], out, setting[1], Recorder())
-    return out
+from tests.slimming.conftest import Setting
+from tests.support.runs import Recorder, run_script
 
 
 def test_the_best_within_a_budget(

@@ -17,6 +17,7 @@ from mlx_slim.compare.jobs import MatrixRun
 from mlx_slim.compare.matrix import Cell, load_matrix
 from mlx_slim.errors import SlimError
 from mlx_slim.run_dir import RunDir
+from tests.support.pools import HerePool
 from tests.support.runs import Recorder, write_rows
 
 TASK = """
@@ -93,29 +94,6 @@ def run_all(
 
     with RunDir(out, runner.MATRIX).claim(resume=True):
         return run_cells(todo, out, launch)
-
-
-class HerePool:
-    """A pool whose jobs are calls in this process, one after the other."""
-
-    budget, most, far = 1 << 60, 1, False
-
-    def __init__(self, launch: Callable[[str], Ended]) -> None:
-        self._launch, self._names = launch, list[str]()
-
-    @property
-    def free(self) -> bool:
-        return not self._names
-
-    @property
-    def running(self) -> int:
-        return len(self._names)
-
-    def start(self, job: Job) -> None:
-        self._names.append(job.name)
-
-    def wait(self) -> Ended:
-        return self._launch(self._names.pop())
 
 
 def run_cells(todo: list[Cell], out: Path, launch: Callable[[str], Ended]) -> runner.MatrixOutcome:

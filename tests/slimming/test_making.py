@@ -1,0 +1,157 @@
+"""Candidates in a pool: the search of one worker, whatever ends first, fails ahead or is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_slim.cluster.jobs import Ended, Job
+from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.locks import is_locked
+from mlx_slim.run_dir import LOCK_FILE
+from mlx_slim.runtime import memory_budget
+from mlx_slim.slimming.candidate_job import run_candidate
+from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.making import MakesInPool, check_sizes
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.request import space_of
+from mlx_slim.slimming.run import slim
+from mlx_slim.slimming.verify import verify
+from tests.slimming.conftest import Setting
+from tests.support.pools import HerePool
+from tests.support.runs import Recorder
+from tests.support.stored import files_of, until
+
+
+def pool_here(monkeypatch: pytest.MonkeyPatch, out: Path, most: int) -> list[Job]:
+    """Let searches in ``out`` have a pool in this process; return the jobs that it will start."""
+    pool = HerePool(lambda name: run(out, name), most, memory_budget("auto"))
+
+    @contextlib.contextmanager
+    def pool_of(*_: Any) -> Iterator[HerePool]:
+        yield pool
+
+    monkeypatch.setattr("mlx_slim.slimming.search.pool_of", pool_of)
+    return pool.started
+
+
+def run(out: Path, name: str) -> Ended:
+    run_candidate(out, name, Recorder())
+    return Ended(name, 0)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return the files of a search that say what came out, without what a clock says."""
+    stored = files_of(folder, "slim.json", "model", "scores", "claim", "ranked")
+    report = stored["slim.json"]
+    report.pop("commands")  # name the folder
+    return stored
+
+
+def test_a_pool_leaves_the_files_of_one_worker(
+    setting: Setting, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three jobs at a time, of which the last one ends first."""
+    (model, options), out = setting, tmp_path / "out"
+    jobs = pool_here(monkeypatch, out, 3)
+    report = slim(model, out, replace(options, workers=3), Recorder())
+    assert results(out) == results(finished)
+    made = {row.candidate.key for row in report.rows if row.selection is not None}
+    assert {job.name for job in jobs} == {f"candidates/{key}" for key in made} and len(made) == 3
+    assert all(2**31 < job.memory <= memory_budget("auto") for job in jobs)
+    assert not list(out.glob("candidates/*/targets")) and verify(out).candidates == 3
+
+
+def test_sizes_begun_ahead_decide_nothing(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a budget sizes are decided in order: what was made ahead leaves no score."""
+    (model, options), demand = setting, {"disk": None, "keep": 100.0}
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    slim(model, alone, replace(options, **demand), Recorder())
+    jobs = pool_here(monkeypatch, out, 4)
+    slim(model, out, replace(options, workers=4, **demand), Recorder())
+    assert files_of(out, "slim.json") == files_of(alone, "slim.json")
+    assert len(jobs) > len(list(alone.glob("scores/*"))) - 2  # original and 8 bits are no jobs
+
+
+def candidates(setting: Setting, count: int) -> list[Candidate]:
+    space = space_of(setting[0], setting[1])
+    return [space.candidate(bits, ()) for bits in (8, 6, 5, 4, 3, 2)[:count]]
+
+
+def test_a_failure_ahead_of_its_turn_is_told_in_its_turn_or_never(setting: Setting) -> None:
+    first, second, third, last = candidates(setting, 4)
+    done: set[str] = set()
+    divisors: list[int] = []
+
+    def launch(name: str) -> Ended:
+        if name == second.key:
+            return Ended(name, ResourceError.exit_code, "no room")
+        done.add(name)
+        return Ended(name, 0)
+
+    def job_of(one: Candidate, divisor: int) -> Job:
+        divisors.append(divisor)
+        if one == third:
+            raise SlimError("no such rows")
+        return Job(one.key, ())
+
+    pool = HerePool(launch, 2)
+    maker = MakesInPool(pool, True, lambda one: one.key in done, job_of)
+    maker.ensure(first, [second, third, last], 4)
+    assert done == {first.key} and divisors == [2, 2]  # four on two machines
+    with pytest.raises(ResourceError, match=rf"{second.key}: no room"):
+        maker.ensure(second, [third, last], 3)
+    with pytest.raises(SlimError, match="no such rows"):
+        maker.ensure(third, [last], 2)
+    maker.ensure(last, [], 1)
+    assert [job.name for job in pool.started] == [first.key, second.key, last.key]
+
+
+def test_weights_that_did_not_come_back_are_one_line(setting: Setting, tmp_path: Path) -> None:
+    (one,) = candidates(setting, 1)
+    pool = HerePool(lambda name: Ended(name, 0))
+    maker = MakesInPool(pool, False, lambda _: False, lambda *_: Job(one.key, ()))
+    with pytest.raises(SlimError, match="its weights stay on its worker"):
+        maker.ensure(one, [], 1)
+    large = replace(one, cost=replace(one.cost, disk_bytes=250 * 10**6))
+    check_sizes([large], pool, tmp_path)
+    pool.shared = False
+    check_sizes([one], pool, tmp_path)
+    with pytest.raises(SlimError, match=r"up to 250 MB, a worker sends 256 MB at most") as no:
+        check_sizes([one, large], pool, tmp_path)
+    assert "-o DIR" in no.value.hint
+
+
+def words_of(model: Path, options: SlimOptions, out: Path) -> list[str]:
+    words = ["slim", str(model), "--disk", str(options.disk), "--task", options.tasks[0]]
+    words += ["--data", str(options.data), "--limit", str(options.limit)]
+    return [*words, "--workers", "2", "-o", str(out)]
+
+
+def test_a_killed_coordinator_resumes_to_the_same_files(
+    setting: Setting, finished: Path, tmp_path: Path
+) -> None:
+    """Killed while two processes recover candidates: they end, and their work is not lost."""
+    pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
+    (model, options), out = setting, tmp_path / "out"
+    coordinator = subprocess.Popen(
+        [sys.executable, "-m", "mlx_slim", *words_of(model, options, out)]
+    )
+    try:
+        until(lambda: len(list(out.glob("candidates/*/recover/recipe.json"))) == 2)
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+    until(lambda: not is_locked(out / LOCK_FILE))  # the processes of the candidates hold it, too
+    assert not (out / "slim.json").exists()
+    slim(model, out, replace(options, workers=2), Recorder(), resume=True)
+    assert results(out) == results(finished)
