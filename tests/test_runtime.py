@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_slim import blas, runtime
-from mlx_slim.compare.identity import machine
+from mlx_slim.cluster.machines import machine
 
 
 def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_slim import artifacts
 from mlx_slim.analyze.intruders import find_intruders
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
+from mlx_slim.cluster.machines import machine
 from mlx_slim.compare import identity
 from mlx_slim.compare.jobs import MatrixRun, adapters, whole
 from mlx_slim.compare.matrix import Cell
@@ -204,7 +205,7 @@ class CellRun:
             intruders=self._intruders() if cell.kind == "tuned" else None,
             weights_sha256=self.job.weights(self.job.dense(cell.model)),
             code=identity.code_version(),
-            provenance=identity.machine(),
+            provenance=machine(),
         )
 
     def _intruders(self) -> IntruderCounts | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import read_records
+from mlx_slim.cluster.machines import kind_of
 from mlx_slim.compare.questions import StoredQuestion
 from mlx_slim.compare.report_records import (
     Extraction,
@@ -289,10 +290,7 @@ def machine_kinds(stored: StoredMatrix) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = {}
     for cell in stored.cells:
         record = cell.record.provenance or stored.record.provenance
-        versions = [f"Python {record.get('python', '?')}"]
-        versions += [f"{name} {version}" for name, version in record.get("versions", {}).items()]
-        where = str(record.get("machine") or record.get("system", "?"))
-        kinds.setdefault(f"{where}; {', '.join(versions)}", []).append(cell.name)
+        kinds.setdefault(kind_of(record), []).append(cell.name)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 
 

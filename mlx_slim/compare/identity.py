@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mlx_slim import __version__
-from mlx_slim.artifacts import hash_bytes, hash_file, hash_json, provenance
+from mlx_slim.artifacts import hash_bytes, hash_file, hash_json
 from mlx_slim.config.schema import Recipe, SourceConfig
 from mlx_slim.data.fingerprint import source_fingerprint
 from mlx_slim.data.sources import find as find_source
@@ -23,7 +23,6 @@ from mlx_slim.errors import SlimError
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import on_gpu
 
 # Parts of the package that cannot change a trained weight or a score.
 _SHOWS = {"analyze", "bench", "cli", "compare", "console", "sweeping", "trackers.py", "events.py"}
@@ -73,24 +72,3 @@ def prune_key(weights: str, options: PruneOptions) -> str:
 def score_key(model: str, request: JsonObject) -> str:
     """Return the identity of an evaluation: the model (a key or a hash), and the request."""
     return hash_json({"model": model, "request": request, "code": code_version()})
-
-
-def machine() -> JsonObject:
-    """Return provenance with the machine in words; nothing about the user."""
-    import os
-    import platform
-
-    import mlx.core as mx
-
-    from mlx_slim.runtime import human_bytes
-
-    name = ""
-    if on_gpu():
-        name = str(mx.device_info().get("device_name", "GPU"))
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
-    where = f"{platform.system()} {platform.machine()}"
-    memory = human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    facts = [name, f"{os.cpu_count()} CPU cores", f"{memory} memory", where]
-    return {**provenance(), "machine": ", ".join(fact for fact in facts if fact)}

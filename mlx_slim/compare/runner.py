@@ -16,6 +16,7 @@ from pathlib import Path
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
 from mlx_slim.children import exit_reason
 from mlx_slim.cluster.jobs import Ended, Job, Pool
+from mlx_slim.cluster.machines import machine
 from mlx_slim.compare import identity
 from mlx_slim.compare.cell_job import failure_note, shared_work
 from mlx_slim.compare.matrix import Cell, MatrixPlan, expand
@@ -139,7 +140,7 @@ def _record(layout: MatrixPlan, cells: list[Cell], lines: dict[str, Line]) -> Ma
         refused=list(layout.refused),
         omitted=list(dict.fromkeys(omitted)),
         code=identity.code_version(),
-        provenance=identity.machine(),
+        provenance=machine(),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slim.artifacts import write_json
+from mlx_slim.cluster.machines import machine
 from mlx_slim.events import Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.load import Loaded, load, read_config
@@ -74,7 +75,7 @@ def _formats(
 
 
 def make(material: Material, candidate: Candidate, folder: Path, observer: Observer) -> None:
-    """Make ``folder/model``, and note its bytes in ``size.json``.
+    """Make ``folder/model``, and note its bytes, and this machine, in ``size.json``.
 
     Args:
         material: What it is made of.
@@ -94,7 +95,8 @@ def make(material: Material, candidate: Candidate, folder: Path, observer: Obser
             assert candidate.quantize is not None, "the original is no candidate"
             compress(dense, folder / MODEL, compress_options(material, candidate), observer)
     files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
-    write_json(folder / SIZE, {"disk_bytes": sum(path.stat().st_size for path in files)})
+    size = sum(path.stat().st_size for path in files)
+    write_json(folder / SIZE, {"disk_bytes": size, "provenance": machine()})
 
 
 def compress_options(material: Material, candidate: Candidate) -> CompressOptions:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
+from mlx_slim.cluster.machines import kind_of, machine
+from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
+from mlx_slim.slimming.build import SIZE
 from mlx_slim.slimming.candidates import Candidate
 from mlx_slim.slimming.forgotten import bits_per_byte, general_text
 from mlx_slim.slimming.questions import paired
@@ -47,6 +50,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
             forgotten = _forgotten(search, winner, text)
         commands = _commands(search, winner)
         search.note(winner, verdict="chosen")
+    notes += _mixed_machines(search)
     demand_met = None
     if search.options.keep_fraction is not None:
         demand_met = claim is not None and claim.keeps(search.options.keep_fraction)
@@ -76,6 +80,20 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
         notes=notes,
         provenance=provenance(),
     )
+
+
+def _mixed_machines(search: Search) -> list[str]:
+    """Return a note where scores that were compared are of several kinds of machine."""
+    kinds = {kind_of(machine()): ["original"]}
+    for row in search.rows.values():
+        if row.selection is not None:
+            size = read_object(search.folder(row.candidate) / SIZE)
+            where = size.get("provenance") or machine()  # earlier versions stored none
+            kinds.setdefault(kind_of(where), []).append(row.candidate.key)
+    if len(kinds) < 2:
+        return []
+    where = "; ".join(f"{', '.join(names)}: {kind}" for kind, names in kinds.items())
+    return [f"scores are of {len(kinds)} kinds of machine, whose last digits may differ: {where}"]
 
 
 def _headline(

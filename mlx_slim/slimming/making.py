@@ -26,12 +26,17 @@ _RECORDS = 16 * 10**6  # bytes of what comes back beside a model, at most about
 class CandidateMaker(Protocol):
     """Makes candidates and scores them on the selection questions."""
 
+    @property
+    def most(self) -> int:
+        """Candidates at the same time, at most."""
+        ...
+
     def ensure(self, one: Candidate, later: Sequence[Candidate], left: int) -> None:
         """Return when a candidate is made and scored.
 
         Args:
             one: The candidate.
-            later: Those that may be needed next; they may be begun, too.
+            later: Those that are needed next, or may be; they may be begun, too.
             left: How many divide the time that is left, this one included.
 
         Raises:
@@ -48,6 +53,8 @@ class MakesHere:
     Args:
         make: Makes and scores one, of so many that divide the time.
     """
+
+    most = 1
 
     def __init__(self, make: Callable[[Candidate, int], object]) -> None:
         self._make = make
@@ -79,6 +86,11 @@ class MakesInPool:
         self._complete, self._job_of = complete, job_of
         self._begun: dict[str, Candidate] = {}  # by the name of the job
         self._failed: dict[str, SlimError] = {}  # by key
+
+    @property
+    def most(self) -> int:
+        """Threads of the pool."""
+        return self._pool.most
 
     def ensure(self, one: Candidate, later: Sequence[Candidate], left: int) -> None:
         """Start processes until it is complete."""

@@ -263,7 +263,7 @@ class Search:
             if failures == _FAILURES:
                 self.note(one, verdict="smaller than two that do not keep the share")
                 continue
-            self._score(maker, one, nearest[number:], 1)
+            self._score(maker, one, nearest[number : number + maker.most - 1], 1)
             if self._selected(one).keeps(fraction):
                 if best is not None:
                     self.note(best, verdict="keeps the share; a smaller one does too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,18 @@ def setting(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished search; tests that change it copy it."""
-    out = tmp_path_factory.mktemp("search") / "out"
+    return _searched(setting[0], tmp_path_factory.mktemp("search") / "out", setting[1])
+
+
+@pytest.fixture(scope="session")
+def kept(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search without a budget, for a model that keeps all of its score."""
+    options = replace(setting[1], disk=None, keep=100.0)
+    return _searched(setting[0], tmp_path_factory.mktemp("keep") / "out", options)
+
+
+def _searched(model: Path, out: Path, options: SlimOptions) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLX_SLIM_DATA", raising=False)
-        slim(setting[0], out, setting[1], Recorder())
+        slim(model, out, options, Recorder())
     return out

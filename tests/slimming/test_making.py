@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,36 +51,27 @@ def run(out: Path, name: str) -> Ended:
 def results(folder: Path) -> dict[str, Any]:
     """Return the files of a search that say what came out, without what a clock says."""
     stored = files_of(folder, "slim.json", "model", "scores", "claim", "ranked")
-    report = stored["slim.json"]
-    report.pop("commands")  # name the folder
-    return stored
-
-
-def test_a_pool_leaves_the_files_of_one_worker(
-    setting: Setting, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three jobs at a time, of which the last one ends first."""
-    (model, options), out = setting, tmp_path / "out"
-    jobs = pool_here(monkeypatch, out, 3)
-    report = slim(model, out, replace(options, workers=3), Recorder())
-    assert results(out) == results(finished)
-    made = {row.candidate.key for row in report.rows if row.selection is not None}
-    assert {job.name for job in jobs} == {f"candidates/{key}" for key in made} and len(made) == 3
-    assert all(2**31 < job.memory <= memory_budget("auto") for job in jobs)
-    assert not list(out.glob("candidates/*/targets")) and verify(out).candidates == 3
+    return {
+        name: one
+        if isinstance(one, bytes)
+        else json.loads(json.dumps(one).replace(str(folder), "OUT"))
+        for name, one in stored.items()
+    }
 
 
 def test_sizes_begun_ahead_decide_nothing(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a budget sizes are decided in order: what was made ahead leaves no score."""
-    (model, options), demand = setting, {"disk": None, "keep": 100.0}
-    alone, out = tmp_path / "alone", tmp_path / "out"
-    slim(model, alone, replace(options, **demand), Recorder())
-    jobs = pool_here(monkeypatch, out, 4)
-    slim(model, out, replace(options, workers=4, **demand), Recorder())
-    assert files_of(out, "slim.json") == files_of(alone, "slim.json")
-    assert len(jobs) > len(list(alone.glob("scores/*"))) - 2  # original and 8 bits are no jobs
+    (model, options), out = setting, tmp_path / "out"
+    jobs = pool_here(monkeypatch, out, 3)
+    slim(model, out, replace(options, workers=3, disk=None, keep=100.0), Recorder())
+    assert results(out)["slim.json"] == results(kept)["slim.json"]
+    made = {f"candidates/{file.parent.name}" for file in kept.glob("candidates/*/size.json")}
+    ahead = {job.name for job in jobs} - made
+    assert len(ahead) == 1 and len(jobs) == len(made)  # 8 bits of all layers are no job
+    assert all(2**31 < job.memory <= memory_budget("auto") for job in jobs)
+    assert not list(out.glob("candidates/*/targets")) and verify(out).numbers > 0
 
 
 def candidates(setting: Setting, count: int) -> list[Candidate]:
@@ -107,7 +99,8 @@ def test_a_failure_ahead_of_its_turn_is_told_in_its_turn_or_never(setting: Setti
     pool = HerePool(launch, 2)
     maker = MakesInPool(pool, True, lambda one: one.key in done, job_of)
     maker.ensure(first, [second, third, last], 4)
-    assert done == {first.key} and divisors == [2, 2]  # four on two machines
+    assert done == {first.key, last.key}
+    assert divisors == [2, 2, 2, 1]  # four on two machines; the last one has what is left
     with pytest.raises(ResourceError, match=rf"{second.key}: no room"):
         maker.ensure(second, [third, last], 3)
     with pytest.raises(SlimError, match="no such rows"):
@@ -140,18 +133,20 @@ def words_of(model: Path, options: SlimOptions, out: Path) -> list[str]:
 def test_a_killed_coordinator_resumes_to_the_same_files(
     setting: Setting, finished: Path, tmp_path: Path
 ) -> None:
-    """Killed while two processes recover candidates: they end, and their work is not lost."""
+    """Killed while a process recovers a candidate: it ends, and what is complete stays."""
     pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
     (model, options), out = setting, tmp_path / "out"
     coordinator = subprocess.Popen(
         [sys.executable, "-m", "mlx_slim", *words_of(model, options, out)]
     )
     try:
-        until(lambda: len(list(out.glob("candidates/*/recover/recipe.json"))) == 2)
+        until(lambda: list(out.glob("candidates/*/recover/recipe.json")), 120)
     finally:
         coordinator.kill()
         coordinator.wait()
-    until(lambda: not is_locked(out / LOCK_FILE))  # the processes of the candidates hold it, too
+    until(lambda: not is_locked(out / LOCK_FILE), 60)  # the candidate's process holds it, too
     assert not (out / "slim.json").exists()
+    scores = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/*/results.json")}
     slim(model, out, replace(options, workers=2), Recorder(), resume=True)
     assert results(out) == results(finished)
+    assert len(scores) >= 3 and all(file.stat().st_mtime_ns == scores[file] for file in scores)

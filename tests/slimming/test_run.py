@@ -69,13 +69,12 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
         verify(out)
 
 
-def test_keep_all_returns_the_original(setting: Setting, tmp_path: Path) -> None:
-    model, options = setting
-    report = slim(model, tmp_path / "out", replace(options, disk=None, keep=100.0), Recorder())
+def test_keep_all_returns_the_original(kept: Path) -> None:
+    report = read_report(kept)
     assert report.winner is None and report.demand_met is False and report.claim is None
     assert "is shown to keep 100%" in report.headline and "the original stays" in report.headline
-    assert not (tmp_path / "out" / "model").exists()
-    assert verify(tmp_path / "out").numbers > 0
+    assert not (kept / "model").exists()
+    assert verify(kept).numbers > 0
 
 
 def test_a_speed_is_measured_and_what_is_slower_falls(
