@@ -50,7 +50,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
             forgotten = _forgotten(search, winner, text)
         commands = _commands(search, winner)
         search.note(winner, verdict="chosen")
-    notes += _mixed_machines(search)
+    notes += mixed_machines(search)
     demand_met = None
     if search.options.keep_fraction is not None:
         demand_met = claim is not None and claim.keeps(search.options.keep_fraction)
@@ -82,7 +82,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
     )
 
 
-def _mixed_machines(search: Search) -> list[str]:
+def mixed_machines(search: Search) -> list[str]:
     """Return a note where scores that were compared are of several kinds of machine."""
     kinds = {kind_of(machine()): ["original"]}
     for row in search.rows.values():

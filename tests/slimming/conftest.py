@@ -38,7 +38,7 @@ def finished(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def kept(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_score(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a search without a budget, for a model that keeps all of its score."""
     options = replace(setting[1], disk=None, keep=100.0)
     return _searched(setting[0], tmp_path_factory.mktemp("keep") / "out", options)

@@ -60,16 +60,18 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_sizes_begun_ahead_decide_nothing(
-    setting: Setting, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, whole_score: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a budget sizes are decided in order: what was made ahead leaves no score."""
     (model, options), out = setting, tmp_path / "out"
     jobs = pool_here(monkeypatch, out, 3)
     slim(model, out, replace(options, workers=3, disk=None, keep=100.0), Recorder())
-    assert results(out)["slim.json"] == results(kept)["slim.json"]
-    made = {f"candidates/{file.parent.name}" for file in kept.glob("candidates/*/size.json")}
-    ahead = {job.name for job in jobs} - made
-    assert len(ahead) == 1 and len(jobs) == len(made)  # 8 bits of all layers are no job
+    assert results(out)["slim.json"] == results(whole_score)["slim.json"]
+    complete = {
+        f"candidates/{file.parent.name}" for file in whole_score.glob("candidates/*/size.json")
+    }
+    ahead = {job.name for job in jobs} - complete
+    assert len(ahead) == 1 and len(jobs) == len(complete)  # 8 bits of all layers are no job
     assert all(2**31 < job.memory <= memory_budget("auto") for job in jobs)
     assert not list(out.glob("candidates/*/targets")) and verify(out).numbers > 0
 

@@ -69,12 +69,12 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
         verify(out)
 
 
-def test_keep_all_returns_the_original(kept: Path) -> None:
-    report = read_report(kept)
+def test_keep_all_returns_the_original(whole_score: Path) -> None:
+    report = read_report(whole_score)
     assert report.winner is None and report.demand_met is False and report.claim is None
     assert "is shown to keep 100%" in report.headline and "the original stays" in report.headline
-    assert not (kept / "model").exists()
-    assert verify(kept).numbers > 0
+    assert not (whole_score / "model").exists()
+    assert verify(whole_score).numbers > 0
 
 
 def test_a_speed_is_measured_and_what_is_slower_falls(
