@@ -20,9 +20,10 @@ from distributed import Client, LocalCluster
 from mlx_slim.artifacts import read_json
 from mlx_slim.cli.main import run as command
 from mlx_slim.cluster import inputs, worker
-from mlx_slim.cluster.dask_pool import cluster_pool
+from mlx_slim.cluster.archive import pack, unpack
+from mlx_slim.cluster.dask_pool import DaskPool, cluster_pool
 from mlx_slim.cluster.inputs import data_inputs
-from mlx_slim.cluster.jobs import Ended, Job
+from mlx_slim.cluster.jobs import Ended, Job, Outcome
 from mlx_slim.cluster.worker import sees_output
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
@@ -219,3 +220,27 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path) -> None:
         cluster_pool(tmp_path, "tcp://127.0.0.1:9", print, patience=0.5),
     ):
         pass
+
+
+def test_results_arrive_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, job = tmp_path / "out", Job("a", (), writes=("cells/a", "sweeps/a"))
+    for name in ("far/cells/a/one", "far/cells/a/two", "out/cells/a/old", "out/sweeps/a/old"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    archive, _ = pack(tmp_path / "far", job.writes)
+    pool = DaskPool(None, out, print)
+
+    def cut_short(data: bytes, folder: Path, names: Any) -> None:
+        unpack(data, folder, names)[-1].unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_slim.cluster.dask_pool.unpack", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            pool._store(job, Outcome(0, archive=archive), "")
+    assert [path.name for path in out.glob("*/a/*")] == ["old", "old"]
+    pool._store(job, Outcome(0, archive=archive), "")
+    assert sorted(path.name for path in out.glob("*/a/*")) == ["one", "two"]
+    assert sorted(path.name for path in out.iterdir()) == ["cells", "sweeps"]
