@@ -200,6 +200,7 @@ def test_a_worker_that_lacks_an_input_refuses_and_another_one_takes_it(
         first, second = client.run(os.getpid)
         client.run(far_away, str(tmp_path / "empty"))
         with cluster_pool(Path("out"), cluster.scheduler_address, lines.append) as pool:
+            assert not pool.shared
             needs = data_inputs([Path("mine/rows.jsonl")])
             job = Job("needs", ("tasks", "--no-such-option"), 9, tuple(needs))
             pool.start(job)
@@ -210,7 +211,8 @@ def test_a_worker_that_lacks_an_input_refuses_and_another_one_takes_it(
             client.run(far_away, str(tmp_path), workers=[second])
             pool.start(job)
             assert pool.wait() == Ended("needs", 2)  # it ran: the words have no such option
-        client.run(far_away, None)
+            client.run(far_away, None)
+            assert pool.shared
     assert len(lines) <= 3 and first != second
 
 
