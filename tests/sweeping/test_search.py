@@ -69,7 +69,7 @@ def test_killed_goes_on_infeasible_is_noted_and_unusable_ends(tmp_path: Path) ->
 class Processes:
     """Stands for a pool of one: each process ends when it is waited for."""
 
-    budget, most, far = 99, 1, False
+    budget, most, far, shared = 99, 1, False, True
 
     def __init__(self, out: Path, codes: dict[str, list[int]]) -> None:
         self.out, self.codes = out, codes
