@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ def unwatched() -> Iterator[None]:
         for name in ("battery_percent", "memory_pressure"):
             patch.setattr(f"mlx_slim.finetuning.conditions.{name}", lambda: None)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """Collect, then leave out of later collections what is alive: the modules of transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
