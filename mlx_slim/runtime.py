@@ -27,9 +27,10 @@ from mlx_slim import blas
 from mlx_slim.children import MEMORY_VARIABLE
 from mlx_slim.errors import SlimError
 from mlx_slim.ranks import collectives, watch
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import JsonObject, library_errors
 
 HUB_SECONDS = 3.0
+_CONNECT = "docs/several-machines.md, 'Known failures'; started by hand: MLX_RANK and MLX_HOSTFILE"
 # Of what the device can hold: the budget of a run that names none. mlx-lm warns above the same
 # share of Metal's working set.
 AUTO_FRACTION = 0.9
@@ -104,8 +105,13 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 @lru_cache(maxsize=1)
 def world() -> mx.distributed.Group:
-    """Return the group of ranks (one rank unless started by ``mlx.launch``), watched."""
-    group = mx.distributed.init()
+    """Return the group of ranks (one rank unless started by ``mlx.launch``), watched.
+
+    Raises:
+        SlimError: If the ranks cannot connect: the backend's own words.
+    """
+    with library_errors("the ranks cannot connect", _CONNECT):
+        group = mx.distributed.init()
     watch.start(group)
     return group
 

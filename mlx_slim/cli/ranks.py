@@ -64,7 +64,10 @@ def several_ranks() -> bool:
 
 
 def check_ranks(name: str) -> None:
-    """Refuse a command that wants one rank where there are several.
+    """Refuse a command that wants one rank where there are several, and ranks that run several.
+
+    The ranks connect here, before one of them reads its command line: a rank that ends because of
+    it is noticed by the others, which else would wait for its connection without end.
 
     Args:
         name: A command, or one with an option that changes what it does.
@@ -72,10 +75,15 @@ def check_ranks(name: str) -> None:
     Raises:
         SlimError: On rank 0; the others end with its exit code and say nothing.
     """
-    if name not in ONE_RANK or not several_ranks():
+    if not several_ranks():
         return
     from mlx_slim import runtime
+    from mlx_slim.agreement import refuse_differences
 
+    if name in ONE_RANK or name in OVER_RANKS:
+        refuse_differences({"the command": name})
+    if name not in ONE_RANK:
+        return
     ranks = runtime.world().size()
     if not runtime.leads():
         raise SystemExit(SlimError.exit_code)

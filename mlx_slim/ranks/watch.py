@@ -34,9 +34,11 @@ _watchdog: Watchdog | None = None
 
 
 def set_timeout(seconds: float) -> None:
-    """Set after how long a rank is given up; before the first ``runtime.world``."""
+    """Set after how long a rank is given up."""
     global _timeout
     _timeout = seconds
+    if _watchdog is not None:
+        _watchdog.timeout = seconds
 
 
 def gather_bytes(data: bytes, group: mx.distributed.Group, *, patient: bool = False) -> list[bytes]:

@@ -89,7 +89,6 @@ class Watchdog:
     ) -> None:
         self._peers, self._state, self.timeout = peers, state, timeout
         self._give_up, self._listener, self._warn = give_up, listener, warn
-        self._interval = min(_INTERVAL, timeout / 8)
         self._selector = selectors.DefaultSelector()
         self._connections: list[Connection] = []  # of ranks
         self._ended: set[int] = set()  # ranks that have said that they end
@@ -102,6 +101,11 @@ class Watchdog:
         """Start the thread; return when all ranks are connected, or after some seconds."""
         self._thread.start()
         self._joined.wait(_FIRST)
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between heartbeats."""
+        return min(_INTERVAL, self.timeout / 8)
 
     @property
     def missing(self) -> str:
