@@ -18,6 +18,7 @@ from mlx_slim import reading
 from mlx_slim.progress import Stage, stage
 
 _BLOCK = 1 << 20  # bytes read at a time
+_STRIDE, _SAMPLE = 1 << 22, 1 << 12  # bytes of ``hash_samples``
 
 
 def hash_bytes(data: bytes) -> str:
@@ -51,6 +52,26 @@ def hash_files(paths: Iterable[Path]) -> str:
         return hash_json(
             dict(zip((path.name for path in files), pool.map(one, files), strict=True))
         )
+
+
+def hash_samples(paths: Iterable[Path]) -> str:
+    """Return a SHA-256 over names, sizes and 4 kB of every 4 MB: seconds, whatever the size.
+
+    It tells other weights of the same shapes apart, and not a changed byte: no record holds it.
+    """
+
+    def one(path: Path) -> list[Any]:
+        digest, size = hashlib.sha256(), _size(path)
+        with reading.open_regular(path) as handle:
+            for begin in range(0, size, _STRIDE):
+                handle.seek(begin)
+                digest.update(handle.read(_SAMPLE))
+            handle.seek(max(0, size - _SAMPLE))
+            digest.update(handle.read(_SAMPLE))
+        return [path.name, size, digest.hexdigest()]
+
+    with ThreadPoolExecutor() as pool:
+        return hash_json(list(pool.map(one, sorted(paths))))
 
 
 def _size(path: Path) -> int:

@@ -6,13 +6,16 @@ counts; without one the command fails. Try it: ``mlx-slim doctor --hosts hosts.j
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,7 +62,10 @@ def _launched(hosts: Path, words: Sequence[str]) -> JsonObject:
     with library_errors(f"{short(hosts)} is no host file", "mlx.distributed_config writes one"):
         from mlx._distributed_utils.common import Hostfile
 
-        machines = len(Hostfile.from_file(str(hosts)).hosts)
+        file = Hostfile.from_file(str(hosts))
+        for host in file.hosts:
+            _check_host(host.ssh_hostname, host.ips, file.backend)
+        machines = len(file.hosts)
     if machines < 2:
         raise SlimError(f"{short(hosts)} names {machines} hosts, expected 2 or more", "add one")
     doctor = [sys.executable, "-m", "mlx_slim", "doctor", "--json", *words]
@@ -91,6 +97,22 @@ def _launched(hosts: Path, words: Sequence[str]) -> JsonObject:
         "every one needs this Python, mlx-slim, and ssh without a password",
         lines[-6:],
     )
+
+
+def _check_host(name: Any, addresses: Any, backend: Any) -> None:
+    """Check what the launcher hands to ssh and to the backend as it is.
+
+    Raises:
+        ValueError: If it is nothing that they can use.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s-]\S*", name):
+        raise ValueError(f"ssh is {name!r}, expected the name of a host")
+    if not isinstance(addresses, list) or not all(isinstance(one, str) for one in addresses):
+        raise ValueError(f"ips of {name} is {addresses!r}, expected a list of addresses")
+    for one in addresses:
+        ipaddress.ip_address(one)
+    if backend in ("", "ring") and not addresses:
+        raise ValueError(f"ips of {name} is empty, expected the addresses that the ring listens on")
 
 
 def _show(record: JsonObject, as_json: bool) -> None:

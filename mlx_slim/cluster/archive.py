@@ -79,15 +79,17 @@ def unpack(data: bytes, folder: Path, names: Sequence[str]) -> list[Path]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             members = archive.getmembers()
-            if len(members) > _MOST_FILES or sum(one.size for one in members) > MOST_BYTES:
+            sizes = [one.size for one in members]
+            if len(members) > _MOST_FILES or sum(sizes) > MOST_BYTES or min(sizes, default=0) < 0:
                 raise _refused(f"{len(members)} files are too many or too large")
             targets = [(member, _target(member, folder, names)) for member in members]
+            _check_places([target for _, target in targets])
             for member, target in targets:
                 content = archive.extractfile(member)
                 assert content is not None  # it is a plain file
                 with atomic_file(target) as temporary:
                     temporary.write_bytes(content.read())
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile's own, of a bad header
         raise _refused(str(error)) from error
     return [target for _, target in targets]
 
@@ -109,6 +111,18 @@ def _target(member: tarfile.TarInfo, folder: Path, names: Sequence[str]) -> Path
     if not target.parent.resolve().is_relative_to(folder.resolve()) or target.is_symlink():
         raise _refused(f"{member.name!r} would be written through a link")
     return target
+
+
+def _check_places(targets: Sequence[Path]) -> None:
+    """Refuse files where a folder is, or below a file.
+
+    Raises:
+        SlimError: There is one.
+    """
+    folders = {folder for target in targets for folder in target.parents}
+    both = [target for target in targets if target in folders or target.is_dir()]
+    if both := both or [folder for folder in folders if folder.is_file()]:
+        raise _refused(f"{both[0].name!r} would be a file and a folder")
 
 
 def _refused(why: str) -> SlimError:

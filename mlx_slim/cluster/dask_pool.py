@@ -65,6 +65,7 @@ class DaskPool:
         self._started: dict[str, _Started] = {}
         self._failed: list[Ended] = []  # those that could not be submitted
         self._ended: queue.Queue[Any] = queue.Queue()
+        self._largest = 0
         self._looked = time.monotonic()
         self._waiting = False  # for a worker, and the user knows
         self._stop = SignalFlag()
@@ -108,9 +109,10 @@ class DaskPool:
 
     @property
     def budget(self) -> int:
-        """Bytes of the largest worker."""
-        offered = [one["resources"].get(MEMORY, 0) for one in self._workers().values()]
-        return int(max(offered, default=0))
+        """Bytes of the largest worker; while none is there, of the largest that was."""
+        if offered := [one["resources"].get(MEMORY, 0) for one in self._workers().values()]:
+            self._largest = int(max(offered))
+        return self._largest
 
     def start(self, job: Job) -> None:
         """Submit a job."""

@@ -77,7 +77,7 @@ def learn_from_texts(
     """
     recipe = resolved.recipe
     with claim(out, recipe, observer, resume=resume) as started:
-        if is_complete(out, recipe):
+        if started and is_complete(out, recipe):
             return finetune(
                 resolved, out, observer=observer, resume=True, strategy=CrossEntropyStrategy()
             )

@@ -329,7 +329,7 @@ def open_session(
     dtype = None if runtime.on_gpu() else mx.float32
     stack = [*parse_adapters(adapter), *parse_adapters(others)]
     dense = "quantization" not in read_config(source, revision)
-    split = answering_split(source, revision, parallel, kv_bits, draft_model)
+    split = answering_split(source, revision, parallel, kv_bits, draft_model, stack)
     if split is None:
         loaded = load_base(
             source,

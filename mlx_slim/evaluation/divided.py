@@ -18,11 +18,13 @@ import mlx.nn as nn
 
 from mlx_slim import runtime
 from mlx_slim.adapters.stack import Weighted, used_folders
+from mlx_slim.adapters.store import adapter_hash
 from mlx_slim.adapters.unread import merge_unread
 from mlx_slim.agreement import first, on_every_rank, rank_memory, refuse_differences
 from mlx_slim.artifacts import hash_json, provenance
 from mlx_slim.config.parallel import Parallel
 from mlx_slim.errors import SlimError
+from mlx_slim.hashing import hash_samples
 from mlx_slim.models.build import build
 from mlx_slim.models.load import Loaded, model_files, read_config, resolve
 from mlx_slim.models.opening import constants, read_weights
@@ -89,12 +91,13 @@ def answering_split(
     parallel: Parallel,
     kv_bits: int | None,
     draft_model: str | Path | None,
+    stack: Sequence[Weighted] = (),
 ) -> Split | None:
     """Return how the ranks divide a model that answers prompts; None on one rank.
 
     Raises:
-        SlimError: On one of the ranks, as ``chosen_split``; if they have other versions or another
-            model; for a draft, and a quantized cache in a pipeline.
+        SlimError: On one of the ranks, as ``chosen_split``; if they have other versions, another
+            model, other adapters or options; for a draft, and a quantized cache in a pipeline.
     """
 
     def checked() -> Split | None:
@@ -109,13 +112,21 @@ def answering_split(
             )
         return how
 
+    def compared() -> JsonObject:
+        facts = provenance()
+        adapters = [[adapter_hash(one.folder), one.weight] for one in stack]
+        return {
+            "python": facts["python"],
+            **facts["versions"],
+            "the model's files": hash_samples(model_files(resolve(source, revision))),
+            "the adapters": hash_json(adapters) if adapters else "none",
+            "--parallel": how,
+            "--kv-bits": kv_bits,
+        }
+
     how = on_every_rank(checked)
     if how is not None:
-        folder = resolve(source, revision)
-        sizes = {file.name: file.stat().st_size for file in model_files(folder)}
-        model = hash_json({"config": read_config(source, revision), "files": sizes})
-        facts = provenance()
-        refuse_differences({"python": facts["python"], **facts["versions"], "model": model})
+        refuse_differences(on_every_rank(compared))
     return how
 
 

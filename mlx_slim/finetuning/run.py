@@ -123,8 +123,8 @@ def _run(
     recipe = resolved.recipe
     if started:
         check_folder(out)
-    if is_complete(out, recipe):
-        return _finished(out, observer)
+        if is_complete(out, recipe):  # else what is there is of another rank's disk
+            return _finished(out, observer)
     budget = memory_budget(recipe.memory.budget)
     metrics = MetricsFile(out / "metrics.jsonl")
     watchers = [metrics, observer, ConditionsWatch(observer)]

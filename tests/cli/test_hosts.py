@@ -36,6 +36,11 @@ def test_the_machines_of_a_host_file_are_compared(
     [
         ("{", "is no host file: Failed to parse hostfile"),
         ("[]", "names 0 hosts, expected 2 or more"),
+        ('[{"ssh": "-oProxyCommand=date", "ips": ["::1"]}]', "expected the name of a host"),
+        ('[{"ssh": 1, "ips": ["::1"]}]', "ssh is 1, expected the name of a host"),
+        ('[{"ssh": "a", "ips": [1]}]', "ips of a is [1], expected a list of addresses"),
+        ('[{"ssh": "a", "ips": ["300.1.1.1"]}]', "'300.1.1.1' does not appear to be an IPv4"),
+        ('[{"ssh": "a"}]', "ips of a is empty, expected the addresses that the ring listens on"),
     ],
 )
 def test_a_file_without_hosts_is_one_line(

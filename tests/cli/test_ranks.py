@@ -118,4 +118,6 @@ def test_ranks_that_cannot_connect_are_one_line(
     assert run(["convert"]) == 2
     monkeypatch.undo()
     runtime.world()  # the tests that follow have one rank
-    assert "error: the ranks cannot connect: [ring] Rank 0 has no sockets" in capsys.readouterr().err
+    assert (
+        "error: the ranks cannot connect: [ring] Rank 0 has no sockets" in capsys.readouterr().err
+    )

@@ -64,3 +64,35 @@ def test_what_would_write_elsewhere_is_refused_and_nothing_is_written(
     with pytest.raises(SlimError, match="refused"):
         unpack(b"no archive" * 99, tmp_path / "out", ["cell"])
     assert not (tmp_path / "out/cell/fine").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("cell/a", "cell/fine"), "'fine' would be a file and a folder"),
+        (("cell/a", "cell/a/b"), "'a' would be a file and a folder"),
+        (("cell/a", "cell/file/b"), "'file' would be a file and a folder"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused_and_nothing_is_written(
+    tmp_path: Path, names: tuple[str, ...], why: str
+) -> None:
+    (tmp_path / "out/cell/fine").mkdir(parents=True)
+    (tmp_path / "out/cell/file").write_bytes(b"")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+    with pytest.raises(SlimError, match=why):
+        unpack(buffer.getvalue(), tmp_path / "out", ["cell"])
+    assert not (tmp_path / "out/cell/a").exists()
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 4 + (2**64 - 10_000).to_bytes(8, "big"), b"\x80" * 12])
+def test_a_size_that_no_file_has_is_refused(tmp_path: Path, size: bytes) -> None:
+    data = bytearray(tarfile.TarInfo("cell/a").tobuf() + bytes(1024))
+    data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    with pytest.raises(SlimError, match="archive of the cluster is refused"):
+        unpack(bytes(data), tmp_path / "out", ["cell"])

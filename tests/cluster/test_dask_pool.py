@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,3 +247,23 @@ def test_results_arrive_whole_or_not_at_all(
     pool._store(job, Outcome(0, archive=archive), "")
     assert sorted(path.name for path in out.glob("*/a/*")) == ["one", "two"]
     assert sorted(path.name for path in out.iterdir()) == ["cells", "sweeps"]
+
+
+def test_a_job_is_submitted_while_no_worker_is_there(tmp_path: Path) -> None:
+    """The last worker may leave between two jobs: the next one waits for another worker."""
+    workers: dict[str, Any] = {"a": {"resources": {"MEMORY": 5}, "name": "a", "nthreads": 1}}
+    submitted: list[Any] = []
+
+    def submit(_work: Any, request: Any, **_: Any) -> Any:
+        submitted.append(request.job)
+        return SimpleNamespace(add_done_callback=lambda _: None)
+
+    client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers}, submit=submit)
+    (tmp_path / "out").mkdir()
+    pool = DaskPool(client, tmp_path / "out", print)
+    assert pool.budget == 5
+    workers.clear()
+    pool._submit(Job("a", (), memory=4), {})
+    pool._submit(Job("b", (), memory=6), {})
+    assert [job.name for job in submitted] == ["a"]
+    assert pool.wait().why == "needs 6 B, the largest worker has 5 B"

@@ -11,6 +11,7 @@ import gc
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -188,6 +189,16 @@ def unlike(folder: Path) -> dict[str, Any]:
     }
 
 
+def _unlike_models(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what the ranks open with something else: of the same sizes, but for ``way``."""
+    rank = world().rank()
+    adapter = [str(folder / ("lora" if rank else "other"))]
+    yield "weights", lambda: open_session(folder / f"seed-{rank}", parallel="tensor")
+    yield "adapter", lambda: open_session(folder / "llama", adapter, parallel="tensor")
+    way: Any = ("tensor", "pipeline")[rank]
+    yield "way", lambda: open_session(folder / "qwen2", parallel=way)
+
+
 def main() -> None:
     """Print every case."""
     folder, rank = Path(sys.argv[1]), world().rank()
@@ -209,6 +220,7 @@ def main() -> None:
                     lambda: load_divided(folder / f"half-{rank}", "tensor", memory=1)
                 ),
                 "data": refused(lambda: open_session(folder / "llama", parallel="data")),
+                **{name: refused(lambda w=work: w()) for name, work in _unlike_models(folder)},
             }
         ),
         flush=True,

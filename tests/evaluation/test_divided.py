@@ -36,6 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(folder / "dora", folder / "qwen2", dora=True, size=0.2)
     for rank in range(RANKS):
         shutil.copytree(folder / "llama", folder / f"half-{rank}")
+        tiny_model(folder / f"seed-{rank}", "llama", seed=rank)
         row = {"prompt": "one", "completion": f"answer {rank}"}
         (folder / f"rows-{rank}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
     (folder / "half-1" / "model-00002-of-00002.safetensors").unlink()
@@ -107,6 +108,19 @@ def test_ranks_agree_before_they_compute(cases: list[dict[str, Case]]) -> None:
     assert first["broken"] == "exit 2"
     assert second["broken"].startswith("rank 1 (")
     assert "here is one prompt at a time" in first["data"]
+
+
+def test_ranks_with_another_model_of_the_same_size_do_not_answer(
+    cases: list[dict[str, Case]],
+) -> None:
+    first, second = (rank["agreement"] for rank in cases)
+    for case, fact in (
+        ("weights", "the model's files"),
+        ("adapter", "the adapters"),
+        ("way", "--parallel"),
+    ):
+        assert first[case].startswith(f"the ranks disagree on {fact}")
+        assert second[case] == "exit 2"
 
 
 def test_ranks_with_other_rows_are_refused(cases: list[dict[str, Case]]) -> None:
