@@ -80,7 +80,7 @@ async def _serve(address: str, budget: int, jobs: int, name: str) -> None:
     )
     try:
         await worker
-    except (TimeoutError, OSError) as error:
+    except Exception as error:  # also whatever comes of what another program sends
         raise SlimError(
             f"no Dask scheduler answers at {address}", "start one: dask scheduler"
         ) from error

@@ -376,7 +376,7 @@ def cluster_pool(
 
     try:
         client = Client(address, timeout=patience)
-    except (OSError, ValueError, TimeoutError) as error:
+    except Exception as error:  # MemoryError, too: what another program sends is read as a size
         raise SlimError(
             f"no Dask scheduler answers at {address}: {one_line(error)}",
             "start one: dask scheduler (for tls:// name certificates in Dask's configuration)",

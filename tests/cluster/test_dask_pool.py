@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -223,6 +226,25 @@ def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path) -> None:
         cluster_pool(tmp_path, "tcp://127.0.0.1:9", print, patience=0.5),
     ):
         pass
+
+
+def test_an_address_of_another_program_is_one_line(tmp_path: Path) -> None:
+    """What it sends is read as sizes, here of 2⁶⁰ bytes."""
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):  # the test is over
+            while True:
+                with listener.accept()[0] as stream:
+                    stream.sendall((1 << 60).to_bytes(8, "little") * 4)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=answer, daemon=True).start()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            pytest.raises(SlimError, match="no Dask scheduler answers"),
+            cluster_pool(tmp_path, address, print, patience=0.5),
+        ):
+            pass
 
 
 def test_results_arrive_whole_or_not_at_all(
