@@ -10,9 +10,12 @@ import pytest
 from mlx_slim import runtime
 from mlx_slim.cli.main import COMMANDS, run
 from mlx_slim.cli.ranks import ONE_RANK, OVER_RANKS, check_ranks
+from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
+from mlx_slim.finetuning.run import finetune
+from mlx_slim.ranks import watch
 from tests.support.ranks import ended, started_ranks
-from tests.support.runs import write_rows
+from tests.support.runs import Recorder, write_rows
 from tests.support.tiny import TinyModels
 
 
@@ -33,7 +36,7 @@ class _Ranks:
 def ranks(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setattr(runtime, "world", lambda: _Ranks(0))
-    monkeypatch.setattr(runtime, "all_gather_bytes", lambda data, patient: [data, data])
+    monkeypatch.setattr(watch, "gather_bytes", lambda data, _group, patient: [data, data])
     return monkeypatch
 
 
@@ -95,12 +98,32 @@ def test_a_rank_with_another_command_ends_all_and_one_says_so(tmp_path: Path) ->
     assert second == (2, [])
 
 
+def _recipe(tiny: TinyModels, folder: Path) -> Path:
+    rows, file = write_rows(folder / "rows.jsonl"), folder / "recipe.yaml"
+    train = {"steps": 2, "batch_tokens": 256, "max_length": 128}
+    data = {"path": str(rows), "validation": 4}
+    values = {"model": str(tiny("llama")), "data": data, "report_answers": 0, "train": train}
+    file.write_text(json.dumps(values))
+    return file
+
+
+def test_an_older_run_on_the_disk_of_another_rank_does_not_end_this_one(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    """Rank 0 starts anew; rank 1 has a complete run of the same name, and waits for nobody."""
+    recipe = _recipe(tiny, tmp_path)
+    finetune(load_recipe(str(recipe)), tmp_path / "run-1", observer=Recorder())
+    train = f"train {recipe} --quiet -o {tmp_path}/run-"
+    words = [f"{train}{rank} --rank-timeout 10s" for rank in range(2)]
+    with started_ranks(tmp_path, 2, _RANK, *words) as processes:
+        assert [ended(process) for process in processes] == [(0, []), (0, [])]
+    assert json.loads((tmp_path / "run-0/run.json").read_text())["status"] == "complete"
+
+
 def test_a_rank_that_cannot_read_its_command_line_ends_the_others(
     tiny: TinyModels, tmp_path: Path
 ) -> None:
-    values = {"model": str(tiny("llama")), "data": {"path": str(write_rows(tmp_path / "rows"))}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
-    words = f"train {tmp_path / 'recipe.yaml'} -o {tmp_path / 'run'}"
+    words = f"train {_recipe(tiny, tmp_path)} -o {tmp_path / 'run'}"
     with started_ranks(tmp_path, 2, _RANK, words, f"{words} train.step=3") as processes:
         first, second = map(ended, processes)
     assert first[0] == 1 and "rank 1 of 2 ended with exit code 2" in first[1][0]
