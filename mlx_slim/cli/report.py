@@ -35,7 +35,7 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
     model, what was cut and what it cost.
     """
     from mlx_slim.slimming.folder import is_search
-    from mlx_slim.sweeping.records import is_sweep
+    from mlx_slim.sweeping.folder import is_sweep
 
     if is_search(folder):
         _search(folder, verify, watch or bool(port))

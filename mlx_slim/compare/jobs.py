@@ -32,9 +32,10 @@ from mlx_slim.models.save import save_model
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import JsonObject, read_object
+from mlx_slim.sweeping.folder import STUDY_FILE
 from mlx_slim.sweeping.launch import InProcess
 from mlx_slim.sweeping.options import SweepOptions
-from mlx_slim.sweeping.records import STUDY_FILE, TrialOutcome
+from mlx_slim.sweeping.records import TrialOutcome
 from mlx_slim.sweeping.space import Parameter
 from mlx_slim.sweeping.trial import completed, train
 

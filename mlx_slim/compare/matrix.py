@@ -19,7 +19,8 @@ from mlx_slim.compare.matrix_spec import MatrixSpec
 from mlx_slim.compare.options import CompareOptions
 from mlx_slim.compare.records import Kind
 from mlx_slim.config import library
-from mlx_slim.config.load import Resolved, checked, from_layers, read_layers
+from mlx_slim.config.load import Resolved, from_layers, read_layers
+from mlx_slim.config.problems import checked
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.reading import JsonObject

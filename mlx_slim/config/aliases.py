@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_slim.config.problems import Keys
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject
 
+Keys = tuple[str, ...]  # of a key in nested sections
 Aliases = Mapping[Keys, str]  # path of the old key -> the new name of its last part
 RECIPE: Aliases = {("held_out",): "forgetting", ("quantize", "aware"): "qat"}
 MATRIX: Aliases = {("held_out",): "forgetting"}

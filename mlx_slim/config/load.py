@@ -14,13 +14,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from mlx_slim.config import library
 from mlx_slim.config.aliases import MATRIX, RECIPE, Aliases, current_path, rename
-from mlx_slim.config.problems import Keys, Origins, Words, words_for
+from mlx_slim.config.problems import Keys, Origins, Words, checked, words_for
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.config.reward import RewardSource
 from mlx_slim.config.schema import Recipe, Section
@@ -176,45 +174,6 @@ def _check(layers: Layers, name: str, title: str) -> Resolved:
     recipe = checked(Recipe, layers.values, layers.origins, problems, what, RECIPE)
     origins = _all_origins(recipe, layers.origins)
     return Resolved(recipe, origins, name, title, tuple(layers.notices))
-
-
-Checked = TypeVar("Checked", bound=Section)
-
-
-def checked(
-    schema: type[Checked],
-    values: JsonObject,
-    origins: Origins,
-    problems: list[str],
-    what: str,
-    aliases: Aliases | None = None,
-) -> Checked:
-    """Return ``values`` as ``schema``, or raise one error with all ``problems`` and more.
-
-    Args:
-        schema: What they must fit.
-        values: Nested.
-        origins: Where each value came from.
-        problems: Found so far, one line each.
-        what: What it is, for the message: ``recipe NAME``.
-        aliases: Old keys that are still read: a mistyped one is corrected to today's.
-
-    Raises:
-        SlimError: With several problems the message counts them and ``details`` lists them.
-    """
-    words = words_for(schema, tuple((aliases or {}).items()))
-    accepted, rejected = words.screen(values, origins)
-    problems = problems + rejected
-    result = None
-    try:
-        result = schema.model_validate(accepted)
-    except ValidationError as error:
-        problems += words.explain(error, accepted, origins)
-    if problems or result is None:
-        if len(problems) == 1:
-            raise SlimError(f"{what}: {problems[0]}")
-        raise SlimError(f"{what}: {len(problems)} problems", details=problems)
-    return result
 
 
 def _apply_file(

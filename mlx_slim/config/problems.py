@@ -11,15 +11,17 @@ import difflib
 import json
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from mlx_slim.errors import did_you_mean
+from mlx_slim.config.aliases import Aliases, Keys
+from mlx_slim.config.section import Section
+from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import JsonObject
 
-Keys = tuple[str, ...]
 Origins = dict[Keys, str]
+Checked = TypeVar("Checked", bound=Section)
 _TYPES = {
     "string": "text",
     "boolean": "true or false",
@@ -248,3 +250,39 @@ class Words:
 def words_for(model: type[BaseModel], renamed: tuple[tuple[Keys, str], ...] = ()) -> Words:
     """Return the words of a schema, made once; ``renamed`` as pairs, see ``Words``."""
     return Words(model, dict(renamed))
+
+
+def checked(
+    schema: type[Checked],
+    values: JsonObject,
+    origins: Origins,
+    problems: list[str],
+    what: str,
+    aliases: Aliases | None = None,
+) -> Checked:
+    """Return ``values`` as ``schema``, or raise one error with all ``problems`` and more.
+
+    Args:
+        schema: What they must fit.
+        values: Nested.
+        origins: Where each value came from.
+        problems: Found so far, one line each.
+        what: What it is, for the message: ``recipe NAME``.
+        aliases: Old keys that are still read: a mistyped one is corrected to today's.
+
+    Raises:
+        SlimError: With several problems the message counts them and ``details`` lists them.
+    """
+    words = words_for(schema, tuple((aliases or {}).items()))
+    accepted, rejected = words.screen(values, origins)
+    problems = problems + rejected
+    result = None
+    try:
+        result = schema.model_validate(accepted)
+    except ValidationError as error:
+        problems += words.explain(error, accepted, origins)
+    if problems or result is None:
+        if len(problems) == 1:
+            raise SlimError(f"{what}: {problems[0]}")
+        raise SlimError(f"{what}: {len(problems)} problems", details=problems)
+    return result

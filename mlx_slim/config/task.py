@@ -13,11 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mlx_slim.config.expressions import compile_text, compile_value
-from mlx_slim.config.load import checked
 from mlx_slim.config.patterns import compile_pattern
+from mlx_slim.config.problems import checked
 from mlx_slim.config.read import read_mapping
-from mlx_slim.config.schema import PositiveInt, Section
-from mlx_slim.config.section import MOST
+from mlx_slim.config.section import MOST, PositiveInt, Section
 from mlx_slim.reading import JsonObject
 
 FieldType = Literal["text", "texts", "integer", "number", "list", "object"]

@@ -61,7 +61,8 @@ def compare(source: Model, model: Model, tokens_NT: mx.array) -> Fidelity:
                 f"the models have {p_TV.shape[-1]:,} and {q_TV.shape[-1]:,} logits a token",
                 "only models over one vocabulary can be compared",
             )
-        mx.eval(p_TV, q_TV)
+        mx.eval(p_TV)  # before the other's: one head is read or rebuilt at a time
+        mx.eval(q_TV)
         for start in range(0, length, CHUNK):
             next_C = row_T[start + 1 : start + CHUNK + 1]
             sums = _compare(p_TV[start : start + CHUNK], q_TV[start : start + CHUNK], next_C)

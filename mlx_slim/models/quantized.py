@@ -51,6 +51,7 @@ class LayerFormat:
 # 4 for mxfp4 and nvfp4 (whose quantized matmul is twice as fast), 5 for 4096 x 4096.
 MIN_ROWS = 4
 DENSE_FRACTION = 0.5  # of the memory, that a dequantized model may take
+PIECE_BYTES = 1 << 26  # of a float32 weight that is rebuilt at one time in a forward pass
 
 
 def as_stored(value: mx.array, stored: mx.Dtype) -> mx.array:
@@ -94,11 +95,7 @@ def dequantize_rows(module: nn.Module, rows: slice) -> mx.array:
     """
     if "scales" not in module:
         return module["weight"][rows]
-    biases = module.get("biases")
-    biases = None if biases is None else biases[rows]
-    return dequantize(
-        module["weight"][rows], module["scales"][rows], biases, **vars(format_of(module))
-    )
+    return _dense(module, module["weight"][rows], rows)
 
 
 @dataclass(frozen=True)
@@ -162,9 +159,11 @@ class QuantizedWeight:
 HeadWeight = DenseWeight | QuantizedWeight
 
 
-def _dense(module: nn.Module, weight_OQ: mx.array) -> mx.array:
-    """Return the float32 weight of a quantized ``module`` whose packed weight is ``weight_OQ``."""
-    return dequantize(weight_OQ, module["scales"], module.get("biases"), **vars(format_of(module)))
+def _dense(module: nn.Module, weight_OQ: mx.array, rows: slice = slice(None)) -> mx.array:
+    """Return ``rows`` of the float32 weight of a quantized ``module``, packed in ``weight_OQ``."""
+    biases = module.get("biases")
+    biases = None if biases is None else biases[rows]
+    return dequantize(weight_OQ, module["scales"][rows], biases, **vars(format_of(module)))
 
 
 def format_of(module: nn.Module) -> LayerFormat:
@@ -187,7 +186,11 @@ def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
         return (x_MI.astype(mx.float32) @ dense_OI.T).astype(dtype)
 
     def forward(x_MI: mx.array) -> mx.array:
-        return x_MI @ _dense_after(module, x_MI).T
+        pieces: list[mx.array] = []
+        for rows in _pieces(module, x_MI):  # in turn: a head is larger than a block
+            weight_OI = _dense_after(module, pieces[-1] if pieces else x_MI, rows)
+            pieces.append(x_MI @ weight_OI.T)
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
 
     def backward(_x: mx.array, cotangent_MO: mx.array, _y: mx.array) -> mx.array:
         return cotangent_MO @ _dense_after(module, cotangent_MO)
@@ -197,13 +200,26 @@ def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
     return cast(mx.array, multiply(x_MI.astype(mx.float32))).astype(dtype)
 
 
-def _dense_after(module: nn.Module, x: mx.array) -> mx.array:
-    """Return the dense weight, made only once ``x`` is known.
+def _pieces(module: nn.Module, x_MI: mx.array) -> list[slice]:
+    """Return rows of the weight, ``PIECE_BYTES`` of float32 each.
+
+    All of them where the product is no smaller than what is saved: it is there twice for a moment.
+    """
+    outputs, width = module["weight"].shape[0], x_MI.shape[-1]
+    if 4 * x_MI.size > width * width:
+        return [slice(outputs)]
+    # Whole tiles of a BLAS kernel: then a sum is that of the whole product, bit for bit.
+    step = max(PIECE_BYTES // (4 * width) // 64 * 64, 64)
+    return [slice(start, start + step) for start in range(0, outputs, step)]
+
+
+def _dense_after(module: nn.Module, x: mx.array, rows: slice = slice(None)) -> mx.array:
+    """Return ``rows`` of the dense weight, made only once ``x`` is known.
 
     Without the dependency the scheduler is free to make the weights of all layers at once.
     """
-    (weight_OQ,) = mx.depends([module["weight"]], [x])
-    return _dense(module, weight_OQ)
+    (weight_OQ,) = mx.depends([module["weight"][rows]], [x])
+    return _dense(module, weight_OQ, rows)
 
 
 class FastQuantizedLinear(nn.QuantizedLinear):

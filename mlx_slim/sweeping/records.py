@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter
 
 from mlx_slim.reading import JsonObject, library_errors, read_object, short
+from mlx_slim.sweeping.folder import STATE_FILE
 from mlx_slim.sweeping.options import PrunerName
 
-STATE_FILE, STUDY_FILE, REPORT_FILE = "request.json", "study.db", "sweep.json"
 Curve = list[tuple[int, float]]  # optimizer step, validation loss in nats per token
 # ``failed``: its input cannot be used, and no trial before it says that another one would work;
 # ``killed``: it is to be started again.
@@ -200,8 +200,3 @@ def read_json_record(file: Path, kind: type[_Record]) -> _Record:
     """
     again = ("start a new sweep",) if file.name == STATE_FILE else ()
     return from_json(read_object(file), kind, short(file), *again)
-
-
-def is_sweep(folder: Path) -> bool:
-    """Return whether ``folder`` holds a sweep."""
-    return (folder / STATE_FILE).is_file() and (folder / STUDY_FILE).is_file()

@@ -24,8 +24,9 @@ from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.work import expected_work
 from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.run_dir import RunDir, RunKind, changed_values, option_words
+from mlx_slim.sweeping.folder import STATE_FILE, STUDY_FILE
 from mlx_slim.sweeping.options import PrunerName, SweepOptions
-from mlx_slim.sweeping.records import STATE_FILE, STUDY_FILE, read_json_record
+from mlx_slim.sweeping.records import read_json_record
 from mlx_slim.sweeping.space import Parameter, Point, SweepSpace
 from mlx_slim.sweeping.study import StudyPlan
 

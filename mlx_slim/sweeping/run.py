@@ -24,12 +24,10 @@ from mlx_slim.planner.students import predict_run
 from mlx_slim.runtime import memory_budget
 from mlx_slim.sweeping import conclusion
 from mlx_slim.sweeping.conclusion import WINNER
+from mlx_slim.sweeping.folder import REPORT_FILE, STATE_FILE, STUDY_FILE
 from mlx_slim.sweeping.launch import Launcher, launcher
 from mlx_slim.sweeping.options import SweepOptions, check
 from mlx_slim.sweeping.records import (
-    REPORT_FILE,
-    STATE_FILE,
-    STUDY_FILE,
     SweepReport,
     TrialOutcome,
     TrialRequest,

@@ -174,6 +174,39 @@ def test_no_dense_weight_is_kept() -> None:
     assert peak(24) - peak(6) < 2 * dense
 
 
+@pytest.mark.parametrize("rows", [4, 16, 60])
+@pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
+def test_pieces_of_a_weight_give_the_same_bits(
+    mode: str, bits: int, group: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.QuantizedLinear(256, 5000, bias=True, group_size=group, bits=bits, mode=mode)
+    x = mx.random.normal((rows, 256))
+    quantized.use_fast_matmul(layer)
+    whole, gradient = layer(x), mx.grad(lambda x: mx.sin(layer(x)).sum())(x)
+    mx.eval(whole, gradient)
+    monkeypatch.setattr(quantized, "PIECE_BYTES", 4 * 256 * 2100)  # 2,048 rows, and 904 at the end
+    assert mx.array_equal(layer(x), whole)
+    assert mx.array_equal(mx.grad(lambda x: mx.sin(layer(x)).sum())(x), gradient)
+
+
+def test_a_head_is_rebuilt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    width, outputs = 256, 32_768
+    layer = nn.QuantizedLinear(width, outputs, bias=False)
+    x = mx.random.normal((8, width))
+    quantized.use_fast_matmul(layer)
+    mx.eval(layer.parameters(), x)
+
+    def peak() -> int:
+        before = reset_peak()
+        mx.eval(layer(x))
+        return mx.get_peak_memory() - before
+
+    dense, logits = 4 * width * outputs, 4 * 8 * outputs
+    assert peak() >= 1.4 * dense
+    monkeypatch.setattr(quantized, "PIECE_BYTES", dense // 16)
+    assert peak() <= 0.4 * dense + 2 * logits
+
+
 def test_checkpointed_step_agrees() -> None:
     stack = _stack(3)
     x = mx.random.normal((6, 256))

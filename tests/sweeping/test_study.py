@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.errors import SlimError
+from mlx_slim.sweeping.folder import STUDY_FILE
 from mlx_slim.sweeping.options import SweepOptions, check
-from mlx_slim.sweeping.records import STUDY_FILE, PastTrial, TrialOutcome, TrialRequest
+from mlx_slim.sweeping.records import PastTrial, TrialOutcome, TrialRequest
 from mlx_slim.sweeping.space import Parameter, Point
 from mlx_slim.sweeping.study import StudyPlan, SweepStudy, should_prune
 
