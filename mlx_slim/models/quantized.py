@@ -93,9 +93,8 @@ def dequantize_rows(module: nn.Module, rows: slice) -> mx.array:
         module: A linear layer or embedding, quantized or not.
         rows: Of its matrix (O, I).
     """
-    if "scales" not in module:
-        return module["weight"][rows]
-    return _dense(module, module["weight"][rows], rows)
+    rows_OI = module["weight"][rows]
+    return _dense(module, rows_OI, rows) if "scales" in module else rows_OI
 
 
 @dataclass(frozen=True)
@@ -201,12 +200,9 @@ def _matmul(module: nn.Module, x_MI: mx.array) -> mx.array:
 
 
 def _pieces(module: nn.Module, x_MI: mx.array) -> list[slice]:
-    """Return rows of the weight, ``PIECE_BYTES`` of float32 each.
-
-    All of them where the product is no smaller than what is saved: it is there twice for a moment.
-    """
+    """Return rows of the weight, ``PIECE_BYTES`` of float32 each."""
     outputs, width = module["weight"].shape[0], x_MI.shape[-1]
-    if 4 * x_MI.size > width * width:
+    if 4 * x_MI.size > width * width:  # to join the pieces would take more than they save
         return [slice(outputs)]
     # Whole tiles of a BLAS kernel: then a sum is that of the whole product, bit for bit.
     step = max(PIECE_BYTES // (4 * width) // 64 * 64, 64)
