@@ -51,7 +51,7 @@ class LayerFormat:
 # 4 for mxfp4 and nvfp4 (whose quantized matmul is twice as fast), 5 for 4096 x 4096.
 MIN_ROWS = 4
 DENSE_FRACTION = 0.5  # of the memory, that a dequantized model may take
-PIECE_BYTES = 1 << 26  # of a float32 weight that is rebuilt at one time in a forward pass
+PIECE_BYTES = 1 << 23  # of a float32 weight that is rebuilt at one time in a forward pass
 
 
 def as_stored(value: mx.array, stored: mx.Dtype) -> mx.array:
