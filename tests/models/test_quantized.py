@@ -201,10 +201,10 @@ def test_a_head_is_rebuilt_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         mx.eval(layer(x))
         return mx.get_peak_memory() - before
 
-    dense, logits = 4 * width * outputs, 4 * 8 * outputs
-    assert peak() >= 1.4 * dense
-    monkeypatch.setattr(quantized, "PIECE_BYTES", dense // 16)
-    assert peak() <= 0.4 * dense + 2 * logits
+    dense = 4 * width * outputs
+    assert peak() >= dense
+    monkeypatch.setattr(quantized, "PIECE_BYTES", dense // 64)
+    assert peak() <= 0.5 * dense  # some operations are in flight, each with its array
 
 
 def test_checkpointed_step_agrees() -> None:
