@@ -108,7 +108,7 @@ def world() -> mx.distributed.Group:
     """Return the group of ranks (one rank unless started by ``mlx.launch``), watched.
 
     Raises:
-        SlimError: If the ranks cannot connect: the backend's own words.
+        SlimError: If the ranks cannot connect, in the words of the backend.
     """
     with library_errors("the ranks cannot connect", _CONNECT):
         group = mx.distributed.init()

@@ -89,7 +89,7 @@ def unpack(data: bytes, folder: Path, names: Sequence[str]) -> list[Path]:
                 assert content is not None  # it is a plain file
                 with atomic_file(target) as temporary:
                     temporary.write_bytes(content.read())
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile's own, of a bad header
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # of a bad header
         raise _refused(str(error)) from error
     return [target for _, target in targets]
 

@@ -204,7 +204,7 @@ def _pieces(module: nn.Module, x_MI: mx.array) -> list[slice]:
     outputs, width = module["weight"].shape[0], x_MI.shape[-1]
     if 4 * x_MI.size > width * width:  # to join the pieces would take more than they save
         return [slice(outputs)]
-    # Whole tiles of a BLAS kernel: then a sum is that of the whole product, bit for bit.
+    # Whole tiles of a BLAS kernel: then most kernels give the bits of the whole product.
     step = max(PIECE_BYTES // (4 * width) // 64 * 64, 64)
     return [slice(start, start + step) for start in range(0, outputs, step)]
 
