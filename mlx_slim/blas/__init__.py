@@ -139,20 +139,26 @@ def single_threaded() -> Iterator[None]:
 
 def physical_cores() -> int:
     """Return the cores this process may use: a second thread a core only slows matmul down."""
-    if not hasattr(os, "sched_getaffinity"):  # Linux only
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    cores: set[str] = set()
-    for cpu in cpus:
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(topology.read_text())
-        except OSError:
-            return len(cpus)
+    cores = len(cpus_by_core()) or os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # a container's share of the machine
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(len(cores), -(-int(quota) // int(period))))
-    return len(cores)
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    return cores
+
+
+def cpus_by_core() -> list[list[int]]:
+    """Return the CPUs this process may use, those of one core together; nothing but on Linux."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores: dict[str, list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            core = topology.read_text()
+        except OSError:  # not told: each one is a core
+            core = str(cpu)
+        cores.setdefault(core, []).append(cpu)
+    return list(cores.values())
 
 
 def _candidates(notes: list[str]) -> Iterator[tuple[str, str]]:

@@ -65,6 +65,7 @@ class DaskPool:
         self._started: dict[str, _Started] = {}
         self._failed: list[Ended] = []  # those that could not be submitted
         self._ended: queue.Queue[Any] = queue.Queue()
+        self._known: dict[str, JsonObject] = {}  # the workers, by address
         self._largest = 0
         self._looked = time.monotonic()
         self._waiting = False  # for a worker, and the user knows
@@ -196,7 +197,12 @@ class DaskPool:
         return [address for address in workers if address not in refusals] if refusals else None
 
     def _workers(self) -> dict[str, JsonObject]:
-        return self._client.scheduler_info(n_workers=-1)["workers"]
+        # Not ``scheduler_info``: its answer lies where the client's own callback writes, now and
+        # then, one without workers.
+        with contextlib.suppress(OSError):  # no answer now: ``_look`` says so if it stays away
+            identity = self._client.sync(self._client.scheduler.identity, n_workers=-1)
+            self._known = identity["workers"]
+        return self._known
 
     # ------------------------------------------------------------------------------ results
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slim.artifacts import provenance
+from mlx_slim.blas import cpus_by_core
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import human_bytes, on_gpu
 
@@ -27,7 +28,8 @@ def machine() -> JsonObject:
         name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
     where = f"{platform.system()} {platform.machine()}"
     memory = human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    facts = [name, f"{os.cpu_count()} CPU cores", f"{memory} memory", where]
+    cores = sum(map(len, cpus_by_core())) or os.cpu_count()  # a job may have a part of them
+    facts = [name, f"{cores} CPU cores", f"{memory} memory", where]
     return {**provenance(), "machine": ", ".join(fact for fact in facts if fact)}
 
 

@@ -12,11 +12,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from mlx_slim.children import child_environment
 from mlx_slim.cluster.archive import pack, unpack
+from mlx_slim.cluster.cores import Cores, keep_to
 from mlx_slim.cluster.inputs import find, place
 from mlx_slim.cluster.jobs import JobRequest, Outcome, package_hash
+from mlx_slim.cluster.options import MEMORY
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.models.hub import cache_folder
 from mlx_slim.reading import exists, read_object
@@ -27,6 +30,7 @@ _PATIENCE = 60.0  # seconds for a process to save its state
 # Of coordinators in this process: identity of the output folder -> descriptor of its lock.
 held_locks: dict[str, int] = {}
 running: set[str] = set()  # jobs whose process lives, in this process's workers
+_cores = Cores()
 
 
 def run_job(request: JobRequest) -> Outcome:
@@ -120,32 +124,40 @@ def _run(command: list[str], folder: Path, request: JobRequest) -> int:
         **child_environment(request.job.memory),
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C of the terminal is the worker's
-        pass_fds=[] if lock is None else [lock],
-    )
-    running.add(str(key))
-    try:
-        while True:
-            try:
-                return process.wait(_POLL)
-            except subprocess.TimeoutExpired:
-                task = worker.state.tasks.get(key)
-                needed = task is not None and task.state in ("executing", "long-running")
-                if needed and worker.status in (Status.running, Status.paused):
-                    continue
-            process.terminate()
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            return Interrupted.exit_code
-    finally:
-        running.discard(str(key))
-        if process.stdin is not None:
-            process.stdin.close()
+    with _cores.part(_jobs_at_a_time(worker, request.job.memory)) as cpus:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C of the terminal is the worker's
+            pass_fds=[] if lock is None else [lock],
+        )
+        running.add(str(key))
+        keep_to(process.pid, cpus)  # before it has threads
+        try:
+            while True:
+                try:
+                    return process.wait(_POLL)
+                except subprocess.TimeoutExpired:
+                    task = worker.state.tasks.get(key)
+                    needed = task is not None and task.state in ("executing", "long-running")
+                    if needed and worker.status in (Status.running, Status.paused):
+                        continue
+                process.terminate()
+                try:
+                    process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                return Interrupted.exit_code
+        finally:
+            running.discard(str(key))
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+def _jobs_at_a_time(worker: Any, memory: int) -> int:
+    """Return how many jobs of ``memory`` bytes a worker runs at a time."""
+    offered = worker.state.total_resources.get(MEMORY, 0)
+    return max(1, min(worker.state.nthreads, int(offered // max(1, memory))))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -280,7 +281,11 @@ def test_a_job_is_submitted_while_no_worker_is_there(tmp_path: Path) -> None:
         submitted.append(request.job)
         return SimpleNamespace(add_done_callback=lambda _: None)
 
-    client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers}, submit=submit)
+    client = SimpleNamespace(
+        scheduler=SimpleNamespace(identity=lambda n_workers: {"workers": dict(workers)}),
+        sync=lambda ask, **named: ask(**named),
+        submit=submit,
+    )
     (tmp_path / "out").mkdir()
     pool = DaskPool(client, tmp_path / "out", print)
     assert pool.budget == 5
@@ -289,3 +294,24 @@ def test_a_job_is_submitted_while_no_worker_is_there(tmp_path: Path) -> None:
     pool._submit(Job("b", (), memory=6), {})
     assert [job.name for job in submitted] == ["a"]
     assert pool.wait().why == "needs 6 B, the largest worker has 5 B"
+
+
+def test_workers_are_seen_while_the_client_refreshes_what_it_knows(
+    cluster: Any, tmp_path: Path
+) -> None:
+    """Dask's client notes an answer without workers now and then: no job may fail by it."""
+    with connected(cluster) as client:
+        pool, seen, stop = DaskPool(client, tmp_path, print), [], threading.Event()
+
+        def refresh() -> None:
+            while not stop.is_set():
+                client.sync(client._update_scheduler_info)
+
+        refreshing = threading.Thread(target=refresh)
+        refreshing.start()
+        try:
+            seen = [len(pool._workers()) for _ in range(200)]
+        finally:
+            stop.set()
+            refreshing.join()
+    assert set(seen) == {2}
