@@ -147,7 +147,7 @@ def physical_cores() -> int:
 
 
 def cpus_by_core() -> list[list[int]]:
-    """Return the CPUs this process may use, those of one core together; nothing but on Linux."""
+    """Return the CPUs this process may use, core by core; nothing but on Linux."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores: dict[str, list[int]] = {}

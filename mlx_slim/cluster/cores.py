@@ -18,15 +18,15 @@ from mlx_slim.blas import cpus_by_core
 
 
 class Cores:
-    """Which parts of the cores are taken, in a process that runs jobs."""
+    """Who has which cores, in a process that runs jobs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken: set[int] = set()
 
     @contextlib.contextmanager
-    def part(self, jobs: int) -> Iterator[set[int]]:
-        """Yield the CPUs of one of ``jobs`` parts; empty where a job may have all of them."""
+    def reserved(self, jobs: int) -> Iterator[set[int]]:
+        """Yield the CPUs of one of ``jobs`` jobs; empty where it may have all of them."""
         with self._lock:
             place = next(place for place in range(jobs + 1) if place not in self._taken)
             self._taken.add(place)

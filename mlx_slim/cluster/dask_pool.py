@@ -65,7 +65,7 @@ class DaskPool:
         self._started: dict[str, _Started] = {}
         self._failed: list[Ended] = []  # those that could not be submitted
         self._ended: queue.Queue[Any] = queue.Queue()
-        self._known: dict[str, JsonObject] = {}  # the workers, by address
+        self._last_seen: dict[str, JsonObject] = {}  # the workers, by address
         self._largest = 0
         self._looked = time.monotonic()
         self._waiting = False  # for a worker, and the user knows
@@ -201,8 +201,8 @@ class DaskPool:
         # then, one without workers.
         with contextlib.suppress(OSError):  # no answer now: ``_look`` says so if it stays away
             identity = self._client.sync(self._client.scheduler.identity, n_workers=-1)
-            self._known = identity["workers"]
-        return self._known
+            self._last_seen = identity["workers"]
+        return self._last_seen
 
     # ------------------------------------------------------------------------------ results
 

@@ -124,7 +124,7 @@ def _run(command: list[str], folder: Path, request: JobRequest) -> int:
         **child_environment(request.job.memory),
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    with _cores.part(_jobs_at_a_time(worker, request.job.memory)) as cpus:
+    with _cores.reserved(_jobs_at_a_time(worker, request.job.memory)) as cpus:
         process = subprocess.Popen(
             command,
             cwd=folder,

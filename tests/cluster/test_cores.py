@@ -16,35 +16,35 @@ from mlx_slim.cluster.cores import Cores, keep_to
 def test_jobs_share_no_core_while_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "cpus_by_core", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
     both = Cores()
-    with both.part(2) as one, both.part(2) as two:
+    with both.reserved(2) as one, both.reserved(2) as two:
         assert (one, two) == ({0, 4, 1, 5}, {2, 6, 3, 7})
-    with both.part(3) as one, both.part(3) as two, both.part(3) as three:
+    with both.reserved(3) as one, both.reserved(3) as two, both.reserved(3) as three:
         assert sorted(map(len, (one, two, three))) == [2, 2, 4]
         assert one | two | three == set(range(8))
-    with both.part(1) as alone:
+    with both.reserved(1) as alone:
         assert alone == set()  # all
 
 
 def test_more_jobs_than_cores_have_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "cpus_by_core", lambda: [[0], [1]])
     many = Cores()
-    with many.part(3) as one, many.part(3) as two, many.part(3) as three:
-        assert [len(part) for part in (one, two, three)] == [1, 1, 1]
+    with many.reserved(3) as one, many.reserved(3) as two, many.reserved(3) as three:
+        assert [len(one_of) for one_of in (one, two, three)] == [1, 1, 1]
         assert one | two | three == {0, 1}
 
 
-def test_a_part_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "cpus_by_core", lambda: [[0], [1]])
-    parts = Cores()
-    with parts.part(2) as one:
-        with parts.part(2) as two:
+    several = Cores()
+    with several.reserved(2) as one:
+        with several.reserved(2) as two:
             assert not one & two
-        with parts.part(2) as again:
+        with several.reserved(2) as again:
             assert again == two
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds processes")
-def test_the_threads_of_a_process_keep_to_its_part(tmp_path: Path) -> None:
+def test_the_threads_of_a_process_keep_to_its_cores(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
     script = (
         "import sys; sys.stdin.readline()\n"

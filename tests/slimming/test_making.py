@@ -26,6 +26,7 @@ from mlx_slim.slimming.request import space_of
 from mlx_slim.slimming.run import slim
 from mlx_slim.slimming.verify import verify
 from tests.slimming.conftest import Setting
+from tests.support.one_cpu import one_cpu
 from tests.support.pools import HerePool
 from tests.support.runs import Recorder
 from tests.support.stored import files_of, until
@@ -132,12 +133,19 @@ def words_of(model: Path, options: SlimOptions, out: Path) -> list[str]:
     return [*words, "--workers", "2", "-o", str(out)]
 
 
-def test_a_killed_coordinator_resumes_to_the_same_files(
-    setting: Setting, finished: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def on_one_cpu() -> Iterator[None]:
+    """Two jobs at a time share the cores: with one core they round as one job does."""
+    with one_cpu():
+        yield
+
+
+@pytest.mark.usefixtures("on_one_cpu")
+def test_a_killed_coordinator_resumes_to_the_same_files(setting: Setting, tmp_path: Path) -> None:
     """Killed while a process recovers a candidate: it ends, and one worker goes further."""
     pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
-    (model, options), out = setting, tmp_path / "out"
+    (model, options), out, undisturbed = setting, tmp_path / "out", tmp_path / "undisturbed"
+    slim(model, undisturbed, options, Recorder())
     coordinator = subprocess.Popen(
         [sys.executable, "-m", "mlx_slim", *words_of(model, options, out)]
     )
@@ -150,5 +158,5 @@ def test_a_killed_coordinator_resumes_to_the_same_files(
     assert not (out / "slim.json").exists()
     scores = {file: file.stat().st_mtime_ns for file in out.glob("scores/*/*/results.json")}
     slim(model, out, options, Recorder(), resume=True)
-    assert results(out) == results(finished)
+    assert results(out) == results(undisturbed)
     assert len(scores) >= 3 and all(file.stat().st_mtime_ns == scores[file] for file in scores)

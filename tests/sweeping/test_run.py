@@ -24,6 +24,7 @@ from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.report import render
 from mlx_slim.sweeping.run import read_report
 from tests.support.imports import imported_by
+from tests.support.one_cpu import one_cpu
 from tests.support.runs import CtrlC, Recorder, write_rows
 
 SPACE = {"adapter.rank": [2, 4], "train.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
@@ -301,11 +302,15 @@ def test_trials_of_workers_that_do_not_see_the_folder_come_back(
     inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("distributed", reason="pip install 'mlx-slim[cluster]'")
-    alone = mlx_slim.sweep("base.yaml", "space.yaml", "alone", replace(TRIALS, trials=1, seeds=0))
+    with one_cpu():  # as each of two jobs on two cores has
+        alone = mlx_slim.sweep(
+            "base.yaml", "space.yaml", "alone", replace(TRIALS, trials=1, seeds=0)
+        )
     monkeypatch.setenv("MLX_SLIM_CACHE", str(inputs / "cache"))
     monkeypatch.setattr("mlx_slim.cluster.worker.sees_output", lambda request: False)
     options = replace(TRIALS, trials=2, seeds=0, workers=2)
-    report = mlx_slim.sweep("base.yaml", "space.yaml", "out", options)
+    with one_cpu():
+        report = mlx_slim.sweep("base.yaml", "space.yaml", "out", options)
     assert report.workers == 2 and len(report.rows) == 2
     assert report.rows[0].outcome.curve == alone.rows[0].outcome.curve
     assert (inputs / f"out/trials/{report.best:03d}/run/adapters/adapters.safetensors").exists()
