@@ -29,7 +29,8 @@ def machine() -> JsonObject:
     where = f"{platform.system()} {platform.machine()}"
     memory = human_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     cores = sum(map(len, cpus_by_core())) or os.cpu_count()  # a job may have a part of them
-    facts = [name, f"{cores} CPU cores", f"{memory} memory", where]
+    plural = "" if cores == 1 else "s"
+    facts = [name, f"{cores} CPU core{plural}", f"{memory} memory", where]
     return {**provenance(), "machine": ", ".join(fact for fact in facts if fact)}
 
 

@@ -49,7 +49,7 @@ def test_the_threads_of_a_process_keep_to_its_cores(tmp_path: Path) -> None:
     script = (
         "import sys; sys.stdin.readline()\n"
         "from mlx_slim import blas; from mlx_slim.cluster.machines import machine\n"
-        "print(blas.physical_cores(), ' 1 CPU cores' in machine()['machine'])"
+        "print(blas.physical_cores(), ', 1 CPU core,' in machine()['machine'])"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlx_slim.artifacts import read_json, write_json
 from mlx_slim.cli.main import run
+from mlx_slim.compare.evidence import machine_of
 from mlx_slim.compare.report import report
 from tests.support.matrix import write_matrix
 
@@ -220,3 +222,27 @@ def test_opens_in_a_browser_without_errors_or_overflow(
     )
     assert "CONSOLE" not in dumped.stderr + shot.stderr
     assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("cells", "machine", "elsewhere"),
+    [
+        ((None, None), "two cores", []),
+        (("one", "one"), "one", []),
+        (("one", None), "two cores", ["a"]),
+    ],
+)
+def test_the_machine_is_that_of_the_cells(
+    cells: tuple[str | None, ...], machine: str, elsewhere: list[str]
+) -> None:
+    """Jobs that divide a machine's cores ran on fewer than the command that started them."""
+    made = [None if name is None else {"machine": name} for name in cells]
+    stored: Any = SimpleNamespace(
+        record=SimpleNamespace(provenance={"machine": "two cores"}),
+        cells=[
+            SimpleNamespace(name=name, record=SimpleNamespace(provenance=provenance))
+            for name, provenance in zip("ab", made, strict=True)
+        ],
+    )
+    shown = machine_of(stored)
+    assert (shown["machine"], shown["cells_made_elsewhere"]) == (machine, elsewhere)
