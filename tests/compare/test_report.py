@@ -236,12 +236,12 @@ def test_the_machine_is_that_of_the_cells(
     cells: tuple[str | None, ...], machine: str, elsewhere: list[str]
 ) -> None:
     """Jobs that divide a machine's cores ran on fewer than the command that started them."""
-    made = [None if name is None else {"machine": name} for name in cells]
+    origins = [None if name is None else {"machine": name} for name in cells]
     stored: Any = SimpleNamespace(
         record=SimpleNamespace(provenance={"machine": "two cores"}),
         cells=[
             SimpleNamespace(name=name, record=SimpleNamespace(provenance=provenance))
-            for name, provenance in zip("ab", made, strict=True)
+            for name, provenance in zip("ab", origins, strict=True)
         ],
     )
     shown = machine_of(stored)
