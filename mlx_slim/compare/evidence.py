@@ -275,12 +275,12 @@ def _flat(values: JsonObject, prefix: str = "") -> JsonObject:
 
 
 def machine_of(stored: StoredMatrix) -> JsonObject:
-    """Return provenance: the matrix's, each cell origins elsewhere, and the kinds that were mixed.
+    """Return provenance: the matrix's, each cell made elsewhere, and the kinds that were mixed.
 
     Where every cell is of one other kind (jobs that divide the cores of a machine), it is theirs.
     """
     origins = [cell.record.provenance or stored.record.provenance for cell in stored.cells]
-    alike = bool(origins) and all(one == made[0] for one in made)
+    alike = bool(origins) and all(one == origins[0] for one in origins)
     provenance = origins[0] if alike else stored.record.provenance
     others = [
         cell.name for cell in stored.cells if cell.record.provenance not in (None, provenance)
