@@ -29,6 +29,7 @@ from mlx_slim.planner import hyperparameters
 from mlx_slim.planner.choice_inputs import ChoiceInputs, read_inputs, user_recipe
 from mlx_slim.planner.draft import Choice, Draft, complete, start
 from mlx_slim.planner.memory import Prediction, predict
+from mlx_slim.planner.students import teacher_passes
 from mlx_slim.planner.suggest import Overrides, changed
 from mlx_slim.planner.time import Range
 from mlx_slim.planner.work import FILLED
@@ -39,7 +40,7 @@ RESERVE = 1.1  # a prediction may be too low by this factor
 BITS = (8, 4)  # of a base that does not fit otherwise, best first
 TEXT_ROWS = (2048, 1024, 512, 256)  # tokens of the rows that a long text is cut into
 QUANTILES = (1.0, 0.99, 0.95, 0.9, 0.75, 0.5)  # of the lengths of rows, for the longest one
-FORWARD = 1 / 3  # time of a validated token, as a fraction of a trained one's
+FORWARD = 1 / 3  # time of a validated token, or of a teacher's, as a fraction of a trained one's
 LEAST_STEPS = 10  # of a run that a limit of time shortens
 ORDER = (
     *("data.path", "data.validation", "method", "quantize.bits", "memory.budget"),
@@ -60,7 +61,7 @@ class Chosen:
         tokenizer: Of the model.
         prediction: Cost of the recipe on this machine.
         budget: Bytes that it may use.
-        time: Predicted, of training and validation; on a GPU a range.
+        time: Predicted, of training, validation and teachers; on a GPU a range.
     """
 
     resolved: Resolved
@@ -228,10 +229,11 @@ def _costed(task: ChoiceInputs, draft: Draft, lengths: np.ndarray) -> _Fitting:
     )
     seconds, tokens = prediction.predicted_seconds or 0.0, prediction.tokens or 1
     time = prediction.time_range or Range(seconds, seconds)
-    validations = 0.0
+    validated = 0.0
     if task.validation[0]:
-        validations = 1 + _steps(recipe, tokens) / recipe.train.validate_every
-    longer = 1 + FORWARD * validations * task.validation[1] / tokens
+        validated = task.validation[1] * (1 + _steps(recipe, tokens) / recipe.train.validate_every)
+    taught = teacher_passes(recipe, task.config) * (int(lengths.sum()) + task.validation[1])
+    longer = 1 + FORWARD * (validated + taught) / tokens
     return draft, prediction, Range(longer * time.low, longer * time.high)
 
 

@@ -97,6 +97,24 @@ def _teacher_sizes(
     return sizes
 
 
+def teacher_passes(recipe: Recipe, config: ModelConfig) -> float:
+    """Return what the teachers' pass over a row costs, in forward passes of the student.
+
+    Teachers whose targets are stored read each row once; costs go by the number of weights. 0 where
+    there is none, or its configuration is not to be had.
+    """
+    distill = recipe.distill
+    if distill is None or distill.method not in ("logits", "uld"):
+        return 0.0
+
+    def dense(config: ModelConfig) -> ModelConfig:
+        """A pass over packed weights computes what one over whole ones does."""
+        return {key: value for key, value in config.items() if not key.startswith("quantization")}
+
+    sizes = _teacher_sizes(recipe, lambda teacher: dense(model_config(teacher)[0]), "float32")
+    return sum(sizes or []) / sum(weight_bytes({**dense(config), "dtype": "float32"}).values())
+
+
 def beside_teachers(
     training: Prediction, teachers: Sequence[int], budget: int
 ) -> tuple[bool, Prediction]:

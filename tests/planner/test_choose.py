@@ -185,6 +185,27 @@ def test_time_shortens_the_run_and_counts_what_it_leaves_out(
     assert f"{used:,} rows are trained on once, {360 - used:,} are not" in reason
 
 
+def test_time_counts_the_pass_of_the_teachers(tiny: TinyModels, tmp_path: Path) -> None:
+    data, model = write_rows(tmp_path / "rows.jsonl", 100), str(tiny("llama"))
+
+    def taught(*overrides: str) -> Chosen:
+        words = ["distill.method=logits", "data.validation=0", *overrides]
+        return choose(model, str(data), out=tmp_path / "run", overrides=words)
+
+    teacher = {"model": model}
+    once, twice = (taught(f"distill.teachers={json.dumps([teacher] * n)}") for n in (1, 2))
+    a_pass = twice.time.high - once.time.high
+    alone = once.prediction.predicted_seconds
+    assert alone is not None and once.time.high == pytest.approx(alone + a_pass)
+    # One forward pass over each row, a third of what training on it once takes.
+    assert a_pass == pytest.approx(alone / values(once)["train.epochs"] / 3, rel=0.02)
+    limit = 0.5 * once.time.high
+    words = ["distill.method=logits", "data.validation=0"]
+    words += [f"distill.teachers={json.dumps([teacher])}"]
+    short = choose(model, str(data), out=tmp_path / "run", time=f"{limit:.3f}s", overrides=words)
+    assert short.time.high <= limit
+
+
 def test_a_quantized_model_stays_as_it_is(tiny: TinyModels, tmp_path: Path) -> None:
     from mlx_slim.config.schema import QuantizeConfig
     from mlx_slim.events import Broadcast
