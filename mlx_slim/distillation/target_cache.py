@@ -33,6 +33,7 @@ from mlx_slim.data.batches import Batch, RowStore
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
+from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import free_disk, human_bytes, run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
@@ -286,6 +287,7 @@ class TargetGenerator:
         self._split = structure.split(model, shape.vocabulary)
         mx.eval(model.parameters())
 
+    @host_exponentials()
     def __call__(self, batch: Batch) -> TeacherTargets:
         """Return the targets of a batch."""
         shards = batch.shards(part_count(self._num_threads, batch.computed_tokens))

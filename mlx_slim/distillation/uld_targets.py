@@ -25,6 +25,7 @@ from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
 from mlx_slim.distillation.uld_loss import SMALLEST
 from mlx_slim.distillation.uld_objective import scaling_arrays
 from mlx_slim.models import structure
+from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.runtime import run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
@@ -101,6 +102,7 @@ class ULDTargetGenerator:
         self._split = structure.split(model, self._vocabulary)
         mx.eval(model.parameters())
 
+    @host_exponentials()
     def __call__(self, merged: MergedBatch) -> TeacherTargets:
         """Return the targets of the groups of a batch."""
         token_N = merged.pairs_N2[:, 1]

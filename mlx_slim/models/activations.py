@@ -19,6 +19,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_slim.models import host_exponentials
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.structure import GATED_MLP
 from mlx_slim.runtime import on_gpu, to_float
@@ -61,7 +62,10 @@ def _swiglu_vjp(
 
 def _forward(self: Any, x: mx.array) -> mx.array:
     gate, up, down = (getattr(self, name) for name in GATED_MLP)
-    return down(cast(Any, swiglu)(gate(x), up(x)))
+    gated, ungated = gate(x), up(x)
+    if host_exponentials.in_use(gated, ungated):
+        return down(host_exponentials.swiglu(gated, ungated))
+    return down(cast(Any, swiglu)(gated, ungated))
 
 
 class _ExpertSwiGLU(nn.Module):

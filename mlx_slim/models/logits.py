@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_slim.models import host_exponentials
 from mlx_slim.models.activations import exp
 from mlx_slim.runtime import on_gpu
 
@@ -25,6 +26,8 @@ def row_sums(values_NV: mx.array) -> mx.array:
 def logsumexp(logits_NV: mx.array) -> mx.array:
     """Return log Σ exp of each row (N, 1), float32, differentiable."""
     logits_NV = logits_NV.astype(mx.float32)
+    if host_exponentials.in_use(logits_NV):
+        return host_exponentials.logsumexp(logits_NV)
     peak_N1 = mx.stop_gradient(logits_NV.max(axis=-1, keepdims=True))
     return mx.log(row_sums(exp(logits_NV - peak_N1))) + peak_N1
 

@@ -6,6 +6,7 @@ are comparable. Try it: ``mlx-slim train smollm2-lora model=runs/other/model --v
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.progress import tracked
 from mlx_slim.runtime import world
 from mlx_slim.sharding.model import ShardedModel
@@ -51,6 +53,7 @@ class LossScorer:
                 sharded.gather_trained()
             return objective(model, arrays, gradient=False)
 
+        self._compiled = compiled
         self._sums: Callable = mx.compile(sums, inputs=[*captured]) if compiled else sums
 
     def __call__(self, batch: Batch) -> mx.array:
@@ -64,7 +67,9 @@ class LossScorer:
 
     def _of(self, batch: Batch) -> mx.array:
         parameters = trainable(self.model)
-        sums = self._sums(parameters, *self.objective.arrays(batch))
+        # A compiled graph is whole: nothing can be evaluated inside.
+        with contextlib.nullcontext() if self._compiled else host_exponentials():
+            sums = self._sums(parameters, *self.objective.arrays(batch))
         set_trainable(self.model, parameters)
         return sums
 

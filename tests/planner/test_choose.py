@@ -188,12 +188,12 @@ def test_time_shortens_the_run_and_counts_what_it_leaves_out(
 def test_time_counts_the_pass_of_the_teachers(tiny: TinyModels, tmp_path: Path) -> None:
     data, model = write_rows(tmp_path / "rows.jsonl", 100), str(tiny("llama"))
 
-    def taught(*overrides: str) -> Chosen:
+    def choice_of(*overrides: str) -> Chosen:
         words = ["distill.method=logits", "data.validation=0", *overrides]
         return choose(model, str(data), out=tmp_path / "run", overrides=words)
 
     teacher = {"model": model}
-    once, twice = (taught(f"distill.teachers={json.dumps([teacher] * n)}") for n in (1, 2))
+    once, twice = (choice_of(f"distill.teachers={json.dumps([teacher] * n)}") for n in (1, 2))
     a_pass = twice.time.high - once.time.high
     alone = once.prediction.predicted_seconds
     assert alone is not None and once.time.high == pytest.approx(alone + a_pass)

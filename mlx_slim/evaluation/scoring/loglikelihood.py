@@ -25,6 +25,7 @@ from mlx_slim.evaluation.scoring import prefix_tree
 from mlx_slim.evaluation.scoring.prefix_cache import Pool, batch_pool, branch_caches, grown, probe
 from mlx_slim.evaluation.scoring.requests import Request, common_prefix, shared_length
 from mlx_slim.models import structure
+from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.models.parallel import divided_by
@@ -111,6 +112,10 @@ class LoglikelihoodScorer:
         """
         if not requests:
             return []
+        with host_exponentials():
+            return self._score(requests, root)
+
+    def _score(self, requests: Sequence[Request], root: tuple[int, ...]) -> list[RequestScore]:
         root = self.shared_root(requests, root)
         pool = self._pool_of(root)
         if root:
