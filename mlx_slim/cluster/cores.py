@@ -50,5 +50,5 @@ def _cpus_of(place: int, jobs: int) -> set[int]:
 def keep_to(process: int, cpus: set[int]) -> None:
     """Let a process that was just started, and all its threads, use ``cpus`` alone."""
     if cpus and hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
+        with contextlib.suppress(OSError):  # it has ended, or may not be bound here
             os.sched_setaffinity(process, cpus)
