@@ -2,8 +2,8 @@
 
 MLX takes 10 to 19 ns for an exponential on x86, NumPy 1: of softmax, SwiGLU and log-sum-exp, a
 third of a forward pass. Inside ``host_exponentials`` these three evaluate what they are given and
-compute it in place; everything else stays a graph. Invariant: the values of MLX's own operations to
-float32 rounding, and those of a row do not depend on the rows beside it; other dtypes, attention
+answer with new arrays; everything else stays a graph. Invariant: the values of MLX's own operations
+to float32 rounding, and those of a row do not depend on the rows beside it; other dtypes, attention
 sinks, and a GPU are MLX's. Not for training: what is evaluated inside a gradient stays in memory.
 Try it: ``mlx-slim bench eval MODEL``.
 
@@ -129,12 +129,9 @@ def _masked(scores_BKGTS: mx.array, mask: Any) -> mx.array:
     queries, keys = scores_BKGTS.shape[-2:]
     if isinstance(mask, str):
         mask = mx.tri(queries, keys, keys - queries, dtype=mx.bool_)
-    elif mask.ndim > 2:  # (B or 1, H or 1, T, S)
-        shape = scores_BKGTS.shape
-        if mask.ndim == 4 and mask.shape[1] > 1:
-            mask = mx.unflatten(mask, 1, shape[1:3])
-        else:
-            mask = mx.expand_dims(mask, -3)
+    elif mask.ndim > 2:  # (B or 1, H or 1, T, S), or without the rows
+        by_head = mask.shape[-3] > 1
+        mask = mx.unflatten(mask, -3, scores_BKGTS.shape[1:3] if by_head else (1, 1))
     if mask.dtype == mx.bool_:
         return mx.where(mask, scores_BKGTS, mx.finfo(mx.float32).min)
     return scores_BKGTS + mask

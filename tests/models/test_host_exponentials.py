@@ -38,11 +38,15 @@ def masks(rows: int, heads: int, queries: int, keys: int) -> dict[str, Any]:
         "row": seen,
         "added": mx.where(seen, 0.0, -1e4),
         "head": mx.concatenate([seen] * heads, axis=1),
+        "head of all rows": mx.random.bernoulli(0.7, (heads, queries, keys), key=mx.random.key(8))
+        | (mx.arange(keys) == 0),
         "shared": seen[0, 0],
     }
 
 
-@pytest.mark.parametrize("name", ["none", "causal", "row", "added", "head", "shared"])
+@pytest.mark.parametrize(
+    "name", ["none", "causal", "row", "added", "head", "head of all rows", "shared"]
+)
 @pytest.mark.parametrize("shape", [(3, 6, 2, 5, 9), (1, 4, 4, 7, 7), (2, 4, 1, 1, 11)])
 def test_attention_is_mlxs(name: str, shape: tuple[int, int, int, int, int]) -> None:
     rows, heads, _, queries, keys = shape
