@@ -91,6 +91,35 @@ class RoundedBatchKVCache(_Rounding, BatchKVCache):
         self.format = format
 
 
+def cache_widths(model: nn.Module) -> tuple[list[tuple[int, int | None]], int]:
+    """Return what a prompt cache of ``model`` holds; its graph is built, nothing is computed.
+
+    Latent attention stores less than keys and values of every head, and a class has defaults for
+    what a config leaves out: so shapes are read, not the config.
+
+    Args:
+        model: Any mlx-lm model, weights or not.
+
+    Returns:
+        (numbers of a token, most tokens or None) of each layer that grows, and the numbers of all
+        that does not.
+    """
+    caches = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)  # type: ignore[operator]
+    growing: list[tuple[int, int | None]] = []
+    fixed = 0
+    while caches:
+        cache: Any = caches.pop()
+        caches += getattr(cache, "caches", ())  # of one layer that holds several
+        if isinstance(cache, ArraysCache):
+            fixed += sum(x.size for x in cache.cache if x is not None)
+        elif isinstance(keys := getattr(cache, "keys", None), mx.array):
+            width = sum(x.shape[1] * x.shape[-1] for x in (keys, cache.values))
+            window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+            growing.append((width, window))
+    return growing, fixed
+
+
 def cache_format(model: nn.Module, bits: int, name: str = "the model") -> KVFormat:
     """Return how the cache of ``model`` can be quantized; its graph is built, nothing is computed.
 

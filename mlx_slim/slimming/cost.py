@@ -19,10 +19,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.evaluation.scoring.footprint import STEP, planned_footprint
-from mlx_slim.models.attention import attention_of
+from mlx_slim.evaluation.scoring.footprint import STEP
 from mlx_slim.models.build import build
-from mlx_slim.models.kv_cache import cache_format
+from mlx_slim.models.kv_cache import cache_format, cache_widths
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
 
@@ -92,7 +91,7 @@ def cost(
     if kv_bits is not None:
         item_bits = cache_format(model, kv_bits).bits_per_number(_ITEM)
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))  # pyright: ignore
-    attention = attention_of(model)
+    widths, fixed = cache_widths(model)
     model.update(
         tree_map(
             lambda v: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v,
@@ -111,15 +110,12 @@ def cost(
     leaves = tree_flatten(model.parameters())
     weights = sum(value.nbytes for _, value in leaves)  # pyright: ignore
     whole = -(-context // STEP) * STEP
-    layers = planned_footprint(config, _ITEM).layers
-    windows = [one.window for one in attention] if attention else [None] * len(layers)
-    pairs = zip(layers, windows, strict=False)  # a model may attend in some of its layers only
-    tokens = sum(size * min(whole, window or whole) for (size, _), window in pairs)
+    tokens = sum(width * min(whole, window or whole) for width, window in widths)
     return Cost(
         parameters=parameters,
         weight_bytes=weights,
         disk_bytes=weights + others + _HEADER * len(leaves),
-        cache_bytes=round(tokens * item_bits / (8 * _ITEM)),
+        cache_bytes=round(tokens * item_bits / 8) + fixed * _ITEM,
         working_bytes=_working(config, min(context, _PREFILL)),
     )
 

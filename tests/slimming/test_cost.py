@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.answer_cache import footprint
@@ -58,6 +59,20 @@ def test_cache_is_that_of_mlx_lm(tmp_path: Path, width: int, bits: float) -> Non
     assert quantized == pytest.approx(real * bits / 16, abs=1)
     quantize_cache(model, 4)
     assert quantized == footprint(model).cache_bytes(700)
+
+
+# The first stores a latent and a rotary key; the class of the second has heads of 256 by default.
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "gemma3_text"])
+def test_what_is_cached_is_looked_at(tmp_path: Path, architecture: str) -> None:
+    folder = tiny_model(tmp_path / "m", architecture, head_dim=256, sliding_window=512)
+    model = load(folder, dtype=mx.bfloat16).model
+    caches = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    each = [sum(x.nbytes // 256 for x in (c.keys, c.values)) for c in caches]  # 256 tokens a step
+    tokens = [min(getattr(cache, "max_size", 1024), 1024) for cache in caches]
+    config = {key: value for key, value in read_config(folder).items() if key != "head_dim"}
+    one = cost(config, mx.float32, None, context=1000, kv_bits=None, others=0)
+    assert one.cache_bytes == sum(size * n for size, n in zip(each, tokens, strict=True))
 
 
 def test_a_cache_that_cannot_be_quantized_is_not_counted_as_if(tmp_path: Path) -> None:
