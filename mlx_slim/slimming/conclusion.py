@@ -6,11 +6,13 @@ Invariant: only the original and the winner answer the claim questions, once. Us
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
 from mlx_slim.cluster.machines import kind_of, machine
 from mlx_slim.reading import read_object
+from mlx_slim.runtime import human_bytes
 from mlx_slim.slimming import proof
 from mlx_slim.slimming.build import SIZE
 from mlx_slim.slimming.candidates import Candidate
@@ -54,7 +56,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
     demand_met = None
     if search.options.keep_fraction is not None:
         demand_met = claim is not None and claim.keeps(search.options.keep_fraction)
-    return SlimReport(
+    report = SlimReport(
         schema_version=SCHEMA_VERSION,
         source=public_name(search.material.source),
         revision=search.options.revision,
@@ -73,13 +75,14 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
         claim=claim,
         tasks=tasks,
         demand_met=demand_met,
-        headline=_headline(search, winner, claim, demand_met),
+        headline="",
         forgotten=forgotten,
         forgotten_text="" if text is None else text.name,
         commands=commands,
         notes=notes,
         provenance=provenance(),
     )
+    return replace(report, headline=headline(report))
 
 
 def mixed_machines(search: Search) -> list[str]:
@@ -96,30 +99,37 @@ def mixed_machines(search: Search) -> list[str]:
     return [f"scores are of {len(kinds)} kinds of machine, whose last digits may differ: {where}"]
 
 
-def _headline(
-    search: Search, winner: Candidate | None, claim: proof.Retention | None, demand_met: bool | None
-) -> str:
-    if winner is None or claim is None:
-        scored = [row for row in search.rows.values() if row.selection is not None]
+def headline(report: SlimReport) -> str:
+    """Return the result of a search in one line; the report's own is not read."""
+    keep, original = report.options["keep"], report.original
+    budget = any(report.options[name] is not None for name in ("memory", "disk", "speed"))
+    if report.winner is None or report.claim is None:
+        scored = [row for row in report.rows if row.selection is not None]
         if not scored:
-            return "no candidate is smaller than the original"
+            size = human_bytes(original.cost.disk_bytes)
+            meets = " and meets the budget" if budget else ""
+            return f"no candidate is smaller: the original has {size} on disk{meets}"
         nearest = max(scored, key=lambda row: row.selection.least if row.selection else 0)
         assert nearest.selection is not None
-        what = "the demanded speed" if search.options.speed else f"{search.options.keep:g}%"
+        if budget:
+            return (
+                f"none of the {len(scored)} candidates that were made meets the budget: the "
+                f"nearest is {nearest.name}: {nearest.verdict}; the original stays"
+            )
         return (
-            f"none of the {len(search.rows)} candidates is shown to keep {what}: the nearest is "
+            f"none of the {len(report.rows)} candidates is shown to keep {keep:g}%: the nearest is "
             f"{nearest.name}, {percent(nearest.selection)}; the original stays"
         )
-    row = search.rows[winner.key]
-    ratio = (row.disk_bytes or winner.cost.disk_bytes) / search.original.cost.disk_bytes
+    row = next(row for row in report.rows if row.candidate.key == report.winner)
+    ratio = (row.disk_bytes or row.candidate.cost.disk_bytes) / original.cost.disk_bytes
     text = (
-        f"{row.name}: {ratio:.0%} of the bytes, {percent(claim)} of the score on "
-        f"{claim.n:,} questions that chose nothing"
+        f"{row.name}: {ratio:.0%} of the bytes, {percent(report.claim)} of the score on "
+        f"{report.claim.n:,} questions that chose nothing"
     )
-    if demand_met is None:
+    if report.demand_met is None:
         return text
-    verb = "keeps" if demand_met else "is not shown to keep"
-    return f"{text}: {verb} {search.options.keep:g}%"
+    verb = "keeps" if report.demand_met else "is not shown to keep"
+    return f"{text}: {verb} {keep:g}%"
 
 
 def _forgotten(search: Search, winner: Candidate, text: Path) -> tuple[float, float]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from mlx_slim.slimming.conclusion import mixed_machines
-from mlx_slim.slimming.run import read_report
+from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
+from mlx_slim.slimming.search import Search
+from tests.slimming.conftest import Setting
+from tests.support.runs import Recorder
 
 
 def test_scores_of_another_kind_of_machine_are_noted(finished: Path, tmp_path: Path) -> None:
@@ -26,3 +32,26 @@ def test_scores_of_another_kind_of_machine_are_noted(finished: Path, tmp_path: P
     (note,) = mixed_machines(search)
     assert note.startswith("scores are of 2 kinds of machine")
     assert f"original, {scored[1]}" in note and f"{scored[0]}: another chip; Python" in note
+
+
+def test_a_search_that_made_nothing_small_enough_says_so(
+    setting: Setting, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted sizes are estimates of files: folders may be over the budget all the same."""
+    model, options = setting
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / REPORT_FILE).unlink()
+    monkeypatch.setattr(Search, "_too_large", lambda *_: True)
+    monkeypatch.setattr(Search, "_is_scored", lambda *_, **__: True)
+    report = slim(model, out, options, Recorder(), resume=True)
+    assert report.winner is None and report.demand_met is None
+    assert "meets the budget: the nearest is" in report.headline
+    assert "its folder is over the budget; the original stays" in report.headline
+
+
+def test_an_original_within_the_budget_is_said_to_be(setting: Setting, tmp_path: Path) -> None:
+    model, options = setting
+    report = slim(model, tmp_path / "out", replace(options, disk=10**9), Recorder())
+    assert report.winner is None and not report.rows
+    assert report.headline.endswith("on disk and meets the budget")
