@@ -103,6 +103,8 @@ def _search(folder: Path, verify: bool, live: bool) -> None:
             f"{counted.numbers:,} numbers of {counted.candidates} scored candidates recomputed "
             f"from {counted.answers:,} answers: all agree"
         )
+        if not counted.costs:
+            click.echo("warning: the original is not here: counted costs were left out", err=True)
         return
     page = write_page(folder)
     click.echo(read_report(folder).headline)

@@ -146,6 +146,11 @@ def format_of(bits: int) -> QuantizeConfig:
     return QuantizeConfig.model_validate({"bits": bits, "group_size": GROUP})
 
 
+def mixed_weight_bytes(bits_per_weight: float, parameters: int) -> int:
+    """Return the most bytes of weights that so many bits a weight, in whole hundredths, allow."""
+    return math.floor(round(100 * bits_per_weight) * parameters / 800)
+
+
 def cut_config(config: ModelConfig, cut: Cut, size: int) -> ModelConfig:
     """Return the config of the model of ``config`` after ``cut``.
 
@@ -252,7 +257,7 @@ class SearchSpace:
         cost, parameters = self.original.cost, self.original.cost.parameters
         least = math.ceil(800 * whole.cost.weight_bytes / parameters)
         for hundredths in range(800 * cost.weight_bytes // parameters - 1, least, -1):
-            size = math.floor(hundredths * parameters / 800)
+            size = mixed_weight_bytes(hundredths / 100, parameters)
             saved = cost.weight_bytes - size
             others = whole.cost.disk_bytes - whole.cost.weight_bytes
             cheaper = replace(cost, weight_bytes=size, disk_bytes=size + others)

@@ -16,6 +16,7 @@ from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
+from mlx_slim.reading import JsonObject
 from mlx_slim.slimming.records import SlimReport
 from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
 from mlx_slim.slimming.verify import verify
@@ -62,11 +63,44 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
     (out / REPORT_FILE).write_text(json.dumps(values))
     with pytest.raises(SlimError, match=r"claim is .* counted again it is"):
         verify(out)
+    for changed, message in (
+        (_changed(report, "headline", value="smaller and better"), "headline is smaller and"),
+        (_changed(report, "provable", value=0.999), "largest share that can be shown"),
+        (_changed(report, "rows", 0, "kl", value=0.0), "distance of"),
+        (_changed(report, "rows", 0, "candidate", "cost", "cache_bytes", value=1), "cost of"),
+        (_changed(report, "options", "disk", value=10**9), "demanded disk"),
+        (_changed(report, "winner", value=None), "winner is None"),
+        (_changed(report, "options", "questions", value={}), r"slim\.json is damaged: KeyError"),
+    ):
+        (out / REPORT_FILE).write_text(json.dumps(changed))
+        with pytest.raises(SlimError, match=message):
+            verify(out)
     (out / REPORT_FILE).write_text(json.dumps(report.as_json()))
     samples = next((out / "scores" / "original").glob("*/samples_*.jsonl"))
     samples.write_text(samples.read_text().replace('"acc": 1', '"acc": 0', 1))
     with pytest.raises(SlimError, match=r"differs from its results\.json"):
         verify(out)
+
+
+def _changed(report: SlimReport, *path: str | int, value: object) -> JsonObject:
+    values: Any = report.as_json()
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return values
+
+
+def test_costs_are_left_out_without_the_original(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    request = read_json(out / "request.json")
+    (out / "request.json").write_text(json.dumps({**request, "source": str(tmp_path / "gone")}))
+    assert run(["report", str(out), "--verify"]) == 0
+    assert "the original is not here" in capsys.readouterr().err
+    assert verify(finished).costs
 
 
 def test_keep_all_returns_the_original(whole_score: Path) -> None:
