@@ -15,10 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_slim.adapters.inject import sites
+from mlx_slim.adapters.lora import dimensions
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
 from mlx_slim.models.quantized import LayerFormat
-from mlx_slim.models.structure import block_numbers
+from mlx_slim.models.structure import block_numbers, is_linear
 from mlx_slim.quantization.allocation import StoredAs, allocate, layer_bytes, overhead_bytes
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import make_policy
@@ -68,6 +70,8 @@ class LayerSizes:
         names: Of all tensors, were every layer quantized.
         numbers: Parameters of the dense model.
         itemsize: Bytes of a stored float.
+        adapter_bytes: Of the file of adapters that correct the error (``compensation.py``), were
+            every layer quantized.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -77,6 +81,7 @@ class LayerSizes:
     names: list[str]
     numbers: int
     itemsize: int
+    adapter_bytes: int = 0
 
     def format(self, bits: int) -> LayerFormat:
         """Return the format of a layer in ``bits``."""
@@ -101,6 +106,7 @@ class LayerSizes:
         """
         if options.target_bytes is not None:
             limit = options.target_bytes - overhead_bytes(self.names, options.target_bytes)
+            limit -= self.adapter_bytes
             target = human_bytes(options.target_bytes)
         else:
             assert options.bits_per_weight is not None
@@ -121,7 +127,7 @@ class LayerSizes:
         return limit
 
     def _described(self, nbytes: int) -> str:
-        files = nbytes + overhead_bytes(self.names, nbytes)
+        files = nbytes + overhead_bytes(self.names, nbytes) + self.adapter_bytes
         return f"{human_bytes(files)} ({nbytes * 8 / self.numbers:.2f} bits per weight)"
 
     def choose(self, losses: Losses, limit: int) -> dict[str, StoredAs]:
@@ -148,13 +154,16 @@ class LayerSizes:
         return allocate(choices, limit - self.other_bytes)
 
 
-def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> LayerSizes:
+def space_of(
+    model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype, compensate: int | None = None
+) -> LayerSizes:
     """Return the sizes that ``model`` can have; no weight is read.
 
     Args:
         model: Dense, its weights read or not (``models.opening.open_weights``).
         quantize: Its group size counts.
         stored: Dtype of the floating parameters on disk.
+        compensate: Rank of adapters that correct the error; None makes none.
 
     Raises:
         SlimError: If no layer can be quantized.
@@ -186,4 +195,33 @@ def space_of(model: nn.Module, quantize: QuantizeConfig, stored: mx.Dtype) -> La
             other_bytes += layer_bytes(value.shape, policy.chosen[path], stored.size)
     numbers = get_total_parameters(model)
     blocks = block_numbers(model, shapes)
-    return LayerSizes(shapes, blocks, quantize.group_size, other_bytes, names, numbers, stored.size)
+    return LayerSizes(
+        shapes,
+        blocks,
+        quantize.group_size,
+        other_bytes,
+        names,
+        numbers,
+        stored.size,
+        _adapter_bytes(model, policy.chosen, stored, compensate or 0),
+    )
+
+
+def _adapter_bytes(
+    model: nn.Module, chosen: Mapping[str, LayerFormat], stored: mx.Dtype, rank: int
+) -> int:
+    """Return the bytes of the file of adapters on all ``chosen`` layers that take the rank."""
+    adapted = [
+        site
+        for site in sites(model)
+        if rank
+        and site.block is not None
+        and site.path in chosen
+        and is_linear(site.module)
+        and min(dimensions(site.module)) >= rank
+    ]
+    if not adapted:
+        return 0
+    nbytes = sum(rank * sum(dimensions(site.module)) for site in adapted) * stored.size
+    names = [f"{site.path}.lora_{factor}" for site in adapted for factor in "ab"]
+    return nbytes + overhead_bytes(names, nbytes)

@@ -109,7 +109,8 @@ def compress(
     stored = stored_dtype(tensors)
     space = limit = None
     if options.sized:
-        space = space_of(open_weights(folder)[0], options.quantize, stored)
+        shapes_alone = open_weights(folder)[0]
+        space = space_of(shapes_alone, options.quantize, stored, options.compensate)
         limit = space.limit(options)
     dense_bytes = (
         sum(math.prod(tensor.shape) for tensor in tensors.values()) * (dtype or stored).size

@@ -19,6 +19,7 @@ from mlx_slim.slimming.candidates import Candidate
 from mlx_slim.slimming.forgotten import bits_per_byte, general_text
 from mlx_slim.slimming.questions import paired
 from mlx_slim.slimming.records import SlimReport, TaskClaim
+from mlx_slim.slimming.recovery import RECIPE, recipe_of
 from mlx_slim.slimming.request import request_of
 from mlx_slim.slimming.search import MODEL, Search, percent
 
@@ -50,7 +51,7 @@ def conclude(search: Search, winner: Candidate | None) -> SlimReport:
             )
         else:
             forgotten = _forgotten(search, winner, text)
-        commands = _commands(search, winner)
+        commands = commands_again(search, winner)
         search.note(winner, verdict="chosen")
     notes += mixed_machines(search)
     demand_met = None
@@ -145,24 +146,28 @@ def _forgotten(search: Search, winner: Candidate, text: Path) -> tuple[float, fl
     return before, after
 
 
-def _commands(search: Search, winner: Candidate) -> list[list[str]]:
+def commands_again(search: Search, winner: Candidate) -> list[list[str]]:
     """Return the command lines that make the winner again."""
     words, source, folder = [], search.material.source, search.folder(winner)
     layers = search.original.layers
     calibration = ["--calibration", search.options.data] if search.options.data else []
+    revision = search.options.revision
+    of_source = [] if revision is None else ["--revision", revision]  # what is cut already has none
     for index, cut in enumerate(winner.cuts):
         out = str(folder / f"pruned-{index + 1}")
         size = ["--target-params", str(cut.target)]
         if cut.axis == "depth":
             size = ["--ratio", f"{cut.layers / layers:.6g}"]
-        words.append(
-            ["mlx-slim", "prune", source, "-o", out, *_KIND[cut.axis], *size, *calibration]
-        )
-        source = out
-    if (folder / "recover.yaml").exists():
-        words.append(
-            ["mlx-slim", "distill", str(folder / "recover.yaml"), "-o", str(search.out / "again")]
-        )
+        prune = ["mlx-slim", "prune", source, "-o", out, *_KIND[cut.axis], *size]
+        words.append([*prune, *calibration, *of_source])
+        source, of_source = out, []
+    again = search.out / "again"
+    if (folder / RECIPE).exists():
+        words.append(["mlx-slim", "distill", str(folder / RECIPE), "-o", str(again)])
+        if recipe_of(folder).recipe.method != "full":  # what it leaves is an adapter
+            adapter, fused = str(again / "adapters"), str(search.out / "again-fused")
+            fuse = ["mlx-slim", "fuse", source, "--adapter", adapter, "-o", fused]
+            words.append([*fuse, *calibration, *of_source])
     elif winner.bits is not None:
         words.append(
             [
@@ -170,8 +175,9 @@ def _commands(search: Search, winner: Candidate) -> list[list[str]]:
                 "quantize",
                 source,
                 *_bits(winner),
+                *of_source,
                 "-o",
-                str(search.out / "again"),
+                str(again),
             ]
         )
     return words

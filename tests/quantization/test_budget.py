@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -133,3 +134,24 @@ def test_what_excludes_a_size(
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_adapters_count_in_the_target(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "source", dtype=mx.bfloat16)
+    text = tmp_path / "text.txt"
+    text.write_text("Adapters that correct the error take bytes as well. " * 100)
+    target = sum(weight_sizes(source).values()) * 45 // 100
+    options = CompressOptions(
+        QUANTIZE,
+        target_bytes=target,
+        sensitivity="rules",
+        compensate=4,
+        calibration=str(text),
+        fidelity_samples=0,
+    )
+    out = tmp_path / "out"
+    compress(source, out, options)
+    files = [file.stat().st_size for file in out.rglob("*.safetensors")]
+    assert len(files) == 2 and 0.9 * target < sum(files) <= target
+    with pytest.raises(SlimError, match="cannot be reached"):
+        compress(source, tmp_path / "no", replace(options, compensate=64))

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlx_slim.slimming.conclusion import mixed_machines
+from mlx_slim.slimming.conclusion import commands_again, mixed_machines
+from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
 from mlx_slim.slimming.search import Search
 from tests.slimming.conftest import Setting
@@ -55,3 +56,28 @@ def test_an_original_within_the_budget_is_said_to_be(setting: Setting, tmp_path:
     report = slim(model, tmp_path / "out", replace(options, disk=10**9), Recorder())
     assert report.winner is None and not report.rows
     assert report.headline.endswith("on disk and meets the budget")
+
+
+def test_commands_make_the_very_model_again(finished: Path, tmp_path: Path) -> None:
+    """A revision is that of the original alone, and an adapter is fused."""
+    shutil.copytree(finished / "candidates", tmp_path / "candidates")
+    report = read_report(finished)
+    search: Any = SimpleNamespace(
+        material=SimpleNamespace(source="org/name"),
+        options=SlimOptions(revision="abc"),
+        original=report.original,
+        folder=lambda one: tmp_path / "candidates" / one.key,
+        out=tmp_path,
+    )
+    made = {row.candidate.kind: row.candidate for row in report.rows if row.selection}
+    (quantize,) = commands_again(search, made["mixed"])
+    assert quantize[:3] == ["mlx-slim", "quantize", "org/name"] and "--revision" in quantize
+    recipe = search.folder(made["depth"]) / "recover.yaml"
+    assert "method: full" in recipe.read_text()
+    prune, distill = commands_again(search, made["depth"])
+    assert prune[-2:] == ["--revision", "abc"] and "--revision" not in distill
+    recipe.write_text(recipe.read_text().replace("method: full", "method: lora"))
+    *same, fuse = commands_again(search, made["depth"])
+    assert same == [prune, distill] and "--revision" not in fuse
+    assert fuse[:3] == ["mlx-slim", "fuse", prune[prune.index("-o") + 1]]
+    assert fuse[fuse.index("--adapter") + 1] == f"{distill[-1]}/adapters"
