@@ -265,11 +265,11 @@ class SearchSpace:
                 yield replace(self.original, bits=4, cost=cheaper, bits_per_weight=hundredths / 100)
                 return
 
-    def smallest(self) -> Candidate:
-        """Return the candidate of the fewest bytes."""
+    def nearest(self, excess: Callable[[Cost], float]) -> Candidate:
+        """Return the candidate of the least ``excess`` over a budget that nothing meets."""
         hardest = [c for bits in BITS if (c := self._try(bits, ()))]
         hardest += [c for bits in BITS for c in self._cut_to(bits, lambda _: False, last=True)]
-        return min(hardest or [self.original], key=lambda one: one.cost.disk_bytes)
+        return min(hardest or [self.original], key=lambda one: excess(one.cost))
 
     def _try(self, bits: int | None, cuts: tuple[Cut, ...]) -> Candidate | None:
         try:
@@ -320,10 +320,7 @@ class SearchSpace:
         least = FLOOR * self.original.cost.parameters
         for cut in reversed(cuts) if last else ():  # the hardest that exists
             candidate = self._try(bits, (*before, cut))
-            if (
-                candidate is not None
-                and candidate.cost.parameters >= FLOOR * self.original.cost.parameters
-            ):
+            if candidate is not None and candidate.cost.parameters >= least:
                 return candidate
         low, high, best = 0, len(cuts) - 1, None
         while low <= high and not last:
@@ -375,7 +372,16 @@ def listed(space: SearchSpace, options: SlimOptions) -> list[Candidate]:
 
 
 def _nothing(space: SearchSpace, options: SlimOptions) -> tuple[str, str]:
-    nearest = space.smallest()
+    original = space.original.cost
+
+    def excess(one: Cost) -> float:
+        return max(
+            one.memory_bytes / options.memory if options.memory else 0.0,
+            one.disk_bytes / options.disk if options.disk else 0.0,
+            one.weight_bytes * (options.speed or 0.0) / original.weight_bytes,
+        )
+
+    nearest = space.nearest(excess)
     demands, has = [], []
     if options.disk is not None:
         demands.append(f"--disk {human_bytes(options.disk)}")
@@ -385,9 +391,7 @@ def _nothing(space: SearchSpace, options: SlimOptions) -> tuple[str, str]:
         has.append(f"{human_bytes(nearest.cost.memory_bytes)} in memory")
     if options.speed is not None:
         demands.append(f"--speed {options.speed:g}x")
-        has.append(
-            f"{nearest.cost.weight_bytes / space.original.cost.weight_bytes:.0%} of the weights"
-        )
+        has.append(f"{nearest.cost.weight_bytes / original.weight_bytes:.0%} of the weights")
     return (
         f"no smaller model meets {' and '.join(demands)}: the nearest is "
         f"{nearest.name(space.original)}, {', '.join(has)}",

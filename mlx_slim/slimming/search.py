@@ -155,13 +155,19 @@ class Search:
             f"show {100 * provable:.1f}% of it at best, for a model as good as its 8-bit rounding"
         )
         fraction = self.options.keep_fraction
+        if fraction is not None and fraction < 1 and not score:
+            raise SlimError(
+                "the original answers none of the selection questions right: no score to keep",
+                "choose a task that it can do, or leave --keep out",
+            )
         if fraction is not None and provable < fraction < 1:
-            least = proof.needed(pairs, fraction)
+            least, share = proof.needed(pairs, fraction), int(100 * provable)
+            less = f", or demand less (--keep {share})" if share else ""
             raise SlimError(
                 f"--keep {self.options.keep:g} cannot be shown with {named} claim questions, at "
                 f"most {100 * provable:.1f}% can",
-                f"ask {least:,} of each task for the claim (--limit {2 * least}) in a new folder, "
-                f"or demand less (--keep {int(100 * provable)})",
+                f"ask {least:,} of each task for the claim (--limit {2 * least}) in a new folder"
+                f"{less}",
             )
         return provable
 

@@ -55,6 +55,14 @@ def test_a_budget_that_nothing_meets_names_the_nearest(space: SearchSpace) -> No
         listed(space, SlimOptions(disk=10_000))
 
 
+def test_the_nearest_to_a_memory_is_that_of_the_least_memory(tiny: Callable[..., Path]) -> None:
+    """At long contexts it is the one of half the heads, which is not the smallest on disk."""
+    options = SlimOptions(memory=10_000, context=100_000)
+    space = SearchSpace(read_config(tiny()), mx.float32, options, other_bytes(tiny()))
+    with pytest.raises(SlimError, match=r"the nearest is .*1 of 2 kv heads"):
+        listed(space, options)
+
+
 def test_without_a_budget_sizes_go_down(space: SearchSpace) -> None:
     fitting = listed(space, SlimOptions(keep=90))
     sizes = [one.cost.disk_bytes for one in fitting]

@@ -7,8 +7,10 @@ import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_slim.artifacts import read_json
@@ -17,8 +19,11 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
 from mlx_slim.reading import JsonObject
+from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.slimming.questions import ModelAnswers
 from mlx_slim.slimming.records import SlimReport
 from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
+from mlx_slim.slimming.search import Search
 from mlx_slim.slimming.verify import verify
 from tests.slimming.conftest import Setting
 from tests.support.runs import Recorder, run_script
@@ -143,6 +148,30 @@ def test_a_share_that_cannot_be_shown_is_refused(setting: Setting, tmp_path: Pat
     with pytest.raises(SlimError, match=r"--keep 99 cannot be shown with 8 claim questions") as no:
         slim(model, tmp_path / "out", replace(options, keep=99.0), Recorder())
     assert "--limit" in no.value.hint and "--keep" in no.value.hint
+
+
+@pytest.mark.parametrize(
+    ("right", "message", "hint"),
+    [
+        (0, "answers none of the selection questions right", "choose a task that it can do"),
+        (1, "--keep 50 cannot be shown with 4 claim questions", "in a new folder"),
+    ],
+)
+def test_hints_to_a_share_are_possible(right: int, message: str, hint: str) -> None:
+    """Where nothing can be shown, no smaller share is offered."""
+    right_N = np.arange(8) < right
+    answers = [ModelAnswers("toy", "acc", right_N.astype(np.int8), np.arange(8) < 4, 0.25)]
+    search: Any = SimpleNamespace(
+        space=SimpleNamespace(candidate=lambda *_: None),
+        tasks=[SimpleNamespace(name="toy", claim=4)],
+        base=answers,
+        scored=lambda _: answers,
+        options=SlimOptions(keep=50.0),
+        say=lambda *_: None,
+    )
+    with pytest.raises(SlimError, match=message) as refused:
+        Search._provable(search)
+    assert hint in refused.value.hint and "--keep 0" not in refused.value.hint
 
 
 @pytest.mark.parametrize(
