@@ -161,8 +161,8 @@ class Search:
                 "choose a task that it can do, or leave --keep out",
             )
         if fraction is not None and provable < fraction < 1:
-            least, share = proof.needed(pairs, fraction), int(100 * provable)
-            less = f", or demand less (--keep {share})" if share else ""
+            least, percentage = proof.needed(pairs, fraction), int(100 * provable)
+            less = f", or demand less (--keep {percentage})" if percentage else ""
             raise SlimError(
                 f"--keep {self.options.keep:g} cannot be shown with {named} claim questions, at "
                 f"most {100 * provable:.1f}% can",

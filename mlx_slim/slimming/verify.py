@@ -37,7 +37,7 @@ class RecountedSearch:
 
     Attributes:
         numbers: Figures that were compared.
-        answers: To questions, that shares were counted from.
+        answers: To questions, that retentions were counted from.
         candidates: That are scored.
         costs: Whether counted costs were counted again; not without the original.
     """

@@ -69,15 +69,15 @@ def test_commands_make_the_very_model_again(finished: Path, tmp_path: Path) -> N
         folder=lambda one: tmp_path / "candidates" / one.key,
         out=tmp_path,
     )
-    made = {row.candidate.kind: row.candidate for row in report.rows if row.selection}
-    (quantize,) = commands_again(search, made["mixed"])
+    candidates = {row.candidate.kind: row.candidate for row in report.rows if row.selection}
+    (quantize,) = commands_again(search, candidates["mixed"])
     assert quantize[:3] == ["mlx-slim", "quantize", "org/name"] and "--revision" in quantize
-    recipe = search.folder(made["depth"]) / "recover.yaml"
+    recipe = search.folder(candidates["depth"]) / "recover.yaml"
     assert "method: full" in recipe.read_text()
-    prune, distill = commands_again(search, made["depth"])
+    prune, distill = commands_again(search, candidates["depth"])
     assert prune[-2:] == ["--revision", "abc"] and "--revision" not in distill
     recipe.write_text(recipe.read_text().replace("method: full", "method: lora"))
-    *same, fuse = commands_again(search, made["depth"])
+    *same, fuse = commands_again(search, candidates["depth"])
     assert same == [prune, distill] and "--revision" not in fuse
     assert fuse[:3] == ["mlx-slim", "fuse", prune[prune.index("-o") + 1]]
     assert fuse[fuse.index("--adapter") + 1] == f"{distill[-1]}/adapters"
