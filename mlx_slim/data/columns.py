@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Pairs of columns that ask and answer, as data sets name them; the commonest first.
-_ASK = ("instruction", "question", "prompt", "query", "input")
+ASK = ("instruction", "question", "prompt", "query", "input")
 _ANSWER = ("output", "response", "answer", "completion")
 _CONTEXT = ("input", "context")
 # Part of the question, which a prompt without it would leave out.
@@ -27,7 +27,7 @@ _CONTENT = {*_PASSAGES, "choices", "options", "chosen", "rejected", "image", "im
 
 # Only proposed, never assumed.
 _MORE_ASK = (
-    *(*_ASK, "problem", "task", "article", "document", "dialogue"),
+    *(*ASK, "problem", "task", "article", "document", "dialogue"),
     *("source", "user", "human", "request"),
 )
 _MORE_ANSWER = (
@@ -45,7 +45,7 @@ def recognised(names: Iterable[str]) -> dict[str, str] | None:
     """
     names = list(names)
     answers = [name for name in _ANSWER if name in names]
-    asks = [name for name in _ASK if name in names]
+    asks = [name for name in ASK if name in names]
     if "input" in asks and len(asks) > 1:
         asks.remove("input")  # what an instruction is about
     if len(asks) != 1 or len(answers) != 1 or _CONTENT & set(names):
@@ -110,7 +110,7 @@ def _likely(value: Mapping[str, Any], format: str) -> dict[str, str] | None:
         if second == ask or first == answer:
             first, second = second, first
         ask, answer = first, second
-    if ask is None or answer is None or answer.lower() in (*_CONTEXT, *_ASK):
+    if ask is None or answer is None or answer.lower() in (*_CONTEXT, *ASK):
         return None
     if (_CONTENT - {"chosen", "rejected", ask, answer}) & value.keys():
         return None

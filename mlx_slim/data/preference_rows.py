@@ -3,17 +3,20 @@
 Invariant: a row of ``prompt, chosen, rejected`` becomes two examples with one prompt, the chosen
 answer first; one of ``prompt, completion, label`` becomes one example; anything else is one line
 that names the place, the columns seen and those expected. Prompt and answers are texts or lists of
-turns; without a prompt, it is what ``chosen`` and ``rejected`` begin with. Of the prompt nothing is
-learned. Try it: ``mlx-slim data preview smollm2-dpo``.
+turns; without a prompt, it is what ``chosen`` and ``rejected`` begin with. Answers that repeat the
+prompt's turns lose them: no question is read twice, and none is left unread. Of the prompt nothing
+is learned. Try it: ``mlx-slim data preview smollm2-dpo``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mlx_slim.config.preference import PreferenceRows
+from mlx_slim.data.columns import ASK, option
 from mlx_slim.data.conversations import turns_in_json
 from mlx_slim.data.formats import Dropped, Example, read_example, renamed_row
 from mlx_slim.data.sources import RawRow
@@ -22,6 +25,7 @@ from mlx_slim.reading import shown
 
 SAME_ANSWERS = "chosen and rejected are the same answer"
 _PAIR = ("chosen", "rejected")
+_ASKS = ("user", "system", "developer")
 _EXPECTED = {
     "pairs": "prompt, chosen, rejected",
     "labels": "prompt, completion, label",
@@ -74,7 +78,8 @@ def _labelled(row: RawRow, value: Mapping[str, Any]) -> list[tuple[Any, Any, boo
         raise SlimError(
             f"{row.place}: 'label' is {shown(label)}, expected true (a wanted answer) or false"
         )
-    return [(value["prompt"], value["completion"], label)]
+    completion = _behind_prompt(row, value["prompt"], "completion", value["completion"])
+    return [(value["prompt"], completion, label)]
 
 
 def _pair(row: RawRow, value: Mapping[str, Any]) -> list[tuple[Any, Any, bool | None]]:
@@ -91,10 +96,73 @@ def _pair(row: RawRow, value: Mapping[str, Any]) -> list[tuple[Any, Any, bool | 
         raise Dropped(SAME_ANSWERS)
     prompt = value.get("prompt")
     # As TRL: a prompt that is a text beside whole conversations repeats their first turn.
-    whole = isinstance(chosen, list) and chosen[:1] == rejected[:1]
+    whole = isinstance(chosen, list) and chosen[:1] == rejected[:1] and _role(chosen) in _ASKS
     if prompt is None or (isinstance(prompt, str) and whole):
+        if prompt is None:
+            _check_asked(row, value)
         prompt, chosen, rejected = _without_beginning(row, chosen, rejected)
+    else:
+        chosen = _behind_prompt(row, prompt, "chosen", chosen)
+        rejected = _behind_prompt(row, prompt, "rejected", rejected)
     return [(prompt, chosen, None), (prompt, rejected, None)]
+
+
+def _role(turns: Sequence[Any], number: int = 0) -> str | None:
+    """Return the role of a turn, by OpenAI's names; None where it has none."""
+    turn = turns[number] if turns else None
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else None
+
+
+def _plain(turns: Sequence[Any]) -> list[tuple[str | None, Any]]:
+    """Return role and text of each turn, whichever of the dialects they are in."""
+    texts = (t.get("content", t.get("value")) if isinstance(t, dict) else t for t in turns)
+    return [(_role(turns, number), text) for number, text in enumerate(texts)]
+
+
+def _behind_prompt(row: RawRow, prompt: Any, name: str, answer: Any) -> Any:
+    """Return what an answer says behind the prompt, whose turns it may repeat.
+
+    Raises:
+        Dropped: If it says nothing else.
+        SlimError: If it asks something else.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(answer, list) or not isinstance(turns, list) or _role(answer) not in _ASKS:
+        return answer
+    if turns and _plain(answer[: len(turns)]) == _plain(turns):
+        if len(answer) == len(turns):
+            raise Dropped("empty answer")
+        return answer[len(turns) :]
+    if _role(answer) == "user" and turns and _role(turns, -1) != "user":
+        return answer  # the conversation goes on
+    raise SlimError(
+        f"{row.place}: {name!r} begins with a turn of the {_role(answer)}, "
+        f"{shown(_plain(answer)[0][1])}, behind the prompt's",
+        "give answers alone, or conversations that begin with the prompt as it is",
+    )
+
+
+def _check_asked(row: RawRow, value: Mapping[str, Any]) -> None:
+    """Refuse texts without a prompt beside a column that asks and that they do not repeat.
+
+    Raises:
+        SlimError: Names the column, and the option that reads it.
+    """
+    chosen = value["chosen"]
+    if not isinstance(chosen, str):
+        return
+    asking = [
+        name
+        for name in (*ASK, "messages", "conversations")
+        if isinstance(asked := value.get(name), list)
+        or (isinstance(asked, str) and asked.strip() and asked.strip() not in chosen)
+    ]
+    if asking:
+        hint = f"name the column that asks: {shlex.quote(option({'prompt': asking[0]}))}"
+        if len(asking) > 1:
+            hint = "give the whole question in one column: prompt, chosen, rejected"
+        raise SlimError(f"{row.place}: no 'prompt', and {asking[0]!r} is in neither answer", hint)
 
 
 def _without_beginning(row: RawRow, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -116,9 +184,8 @@ def _without_beginning(row: RawRow, chosen: Any, rejected: Any) -> tuple[Any, An
     for answer in (chosen, rejected):
         if count == len(answer):
             raise Dropped("empty answer")
-        first = answer[count]
-        role = first.get("role", first.get("from")) if isinstance(first, dict) else None
-        if role in ("user", "human", "system"):
+        role = _role(answer, count) if isinstance(answer, list) else None
+        if role in _ASKS:
             raise SlimError(
                 f"{row.place}: 'chosen' and 'rejected' differ from turn {count + 1} on, a turn of "
                 f"the {role}: they answer different prompts",

@@ -38,6 +38,7 @@ def answer(text: str) -> dict[str, str]:
 
 
 CHAT = [user("Hi"), answer("Hello"), user("Go")]
+P = "Hi|Hello|Go"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ CHAT = [user("Hi"), answer("Hello"), user("Go")]
         (
             {"chosen": "Human: Hi Assistant: Yes", "rejected": "Human: Hi Assistant: No"},
             "Human: Hi Assistant: ",
+        ),
+        # the prompt as turns, and whole conversations that repeat it
+        ({"prompt": CHAT, "chosen": [*CHAT, answer("Yes")], "rejected": [*CHAT, answer("No")]}, P),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [{"from": "human", "value": "Hi"}, answer("Yes")],
+                "rejected": [answer("No")],
+            },
+            "Hi",
         ),
         # as a table holds turns
         (
@@ -87,6 +98,14 @@ def test_an_answer_has_its_label() -> None:
     (example,) = read_answers(RawRow("r", 1, row), "labels", columns={}, system=None)
     assert example.label is False
     assert read(row, "labels") == [("Hi", "No")]
+    whole = {**row, "completion": [user("Hi"), answer("No")]}  # it repeats the prompt
+    assert read(whole, "labels") == [("Hi", "No")]
+
+
+def test_a_prompt_is_not_lost_where_both_answers_begin_with_one_turn() -> None:
+    row = {"prompt": "Hi", "chosen": [answer("So"), answer("A")], "rejected": [answer("So")]}
+    row["rejected"].append(answer("B"))
+    assert read(row) == [("Hi", "So|A"), ("Hi", "So|B")]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +127,26 @@ def test_an_answer_has_its_label() -> None:
             {"chosen": [*CHAT, answer("b")], "rejected": [*CHAT[:2], user("Stop"), answer("b")]},
             "pairs",
             "differ from turn 3 on, a turn of the user",
+        ),
+        (  # another question than the prompt, which would be asked twice
+            {"prompt": "Hi", "chosen": [user("Hi!"), answer("b")], "rejected": [answer("c")]},
+            "pairs",
+            "'chosen' begins with a turn of the user, 'Hi!', behind the prompt's",
+        ),
+        (
+            {"prompt": CHAT[:1], "completion": [*CHAT[2:], answer("c")], "label": True},
+            "labels",
+            "'completion' begins with a turn of the user, 'Go', behind the prompt's",
+        ),
+        (  # the question is in a column that would not be read
+            {"question": "Hi?", "chosen": "It is so", "rejected": "It is not"},
+            "pairs",
+            "no 'prompt', and 'question' is in neither answer",
+        ),
+        (
+            {"messages": CHAT, "chosen": "It is so", "rejected": "It is not"},
+            "pairs",
+            "no 'prompt', and 'messages' is in neither answer",
         ),
         (
             {"prompt": [{"role": "x"}], "chosen": [answer("b")], "rejected": [answer("c")]},
