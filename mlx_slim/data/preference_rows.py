@@ -99,7 +99,7 @@ def _pair(row: RawRow, value: Mapping[str, Any]) -> list[tuple[Any, Any, bool | 
     whole = isinstance(chosen, list) and chosen[:1] == rejected[:1] and _role(chosen) in _ASKS
     if prompt is None or (isinstance(prompt, str) and whole):
         if prompt is None:
-            _check_asked(row, value)
+            _check_question(row, value)
         prompt, chosen, rejected = _without_beginning(row, chosen, rejected)
     else:
         chosen = _behind_prompt(row, prompt, "chosen", chosen)
@@ -143,7 +143,7 @@ def _behind_prompt(row: RawRow, prompt: Any, name: str, answer: Any) -> Any:
     )
 
 
-def _check_asked(row: RawRow, value: Mapping[str, Any]) -> None:
+def _check_question(row: RawRow, value: Mapping[str, Any]) -> None:
     """Refuse texts without a prompt beside a column that asks and that they do not repeat.
 
     Raises:
@@ -155,8 +155,8 @@ def _check_asked(row: RawRow, value: Mapping[str, Any]) -> None:
     asking = [
         name
         for name in (*ASK, "messages", "conversations")
-        if isinstance(asked := value.get(name), list)
-        or (isinstance(asked, str) and asked.strip() and asked.strip() not in chosen)
+        if isinstance(text := value.get(name), list)
+        or (isinstance(text, str) and text.strip() and text.strip() not in chosen)
     ]
     if asking:
         hint = f"name the column that asks: {shlex.quote(option({'prompt': asking[0]}))}"
