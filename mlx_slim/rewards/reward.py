@@ -8,10 +8,14 @@ it. Try it: ``mlx-slim train smollm2-grpo --reward reward.py:length -o runs/grpo
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import inspect
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -117,7 +121,7 @@ class FunctionReward:
     It is called once a question, as TRL calls its reward functions: ``prompts`` and
     ``completions`` (texts; for rows with ``messages`` lists of messages), ``completion_ids``, and
     a list for each field of the row, besides ``answer``, the right answer of the row; one entry an
-    answer. It returns one number an answer.
+    answer. It returns one number an answer, and may be async.
 
     Raises:
         SlimError: If the file does not run, or has no such function.
@@ -149,14 +153,16 @@ class FunctionReward:
         prompts: list[Any] = [row.prompt] * len(answers)
         completions: list[Any] = texts
         if row.chat:
-            prompts = [row.messages] * len(answers)
+            prompts = _copies(row.messages, len(answers))
             completions = [[{"role": "assistant", "content": text}] for text in texts]
         fields = {"answer": row.answer, **row.fields}
         columns = {
-            name: [value] * len(answers) for name, value in fields.items() if name not in _RESERVED
+            name: _copies(value, len(answers))
+            for name, value in fields.items()
+            if name not in _RESERVED
         }
         with _users_code(f"{row.place}: {self.name}", _SIGNATURE):
-            values = list(
+            values = _in_order(
                 self._function(
                     prompts=prompts,
                     completions=completions,
@@ -215,6 +221,21 @@ def _users_code(what: str, hint: str) -> Iterator[None]:
         raise
     except BaseException as error:  # anything can be raised, also what is no Exception
         raise SlimError(f"{what}: {type(error).__name__}: {one_line(error)}", hint) from error
+
+
+def _copies(value: Any, count: int) -> list[Any]:
+    """Return ``value`` for each answer: what a function changes in one is gone with the call."""
+    return [copy.deepcopy(value) for _ in range(count)]
+
+
+def _in_order(returned: Any) -> list[Any]:
+    """Return the values that a function returned, or that it returns once it is awaited."""
+    if inspect.iscoroutine(returned):
+        with ThreadPoolExecutor(1) as thread:  # a notebook has a running loop in this one
+            returned = thread.submit(asyncio.run, returned).result()
+    if isinstance(returned, (Mapping, Set)):  # its keys, or in no order
+        raise TypeError(f"a {type(returned).__name__} was returned, not a list")
+    return list(returned)
 
 
 def _load(file: Path, source: bytes, name: str) -> Callable[..., Any]:

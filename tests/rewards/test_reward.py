@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -69,6 +70,9 @@ def test_rows_of_messages_come_as_messages(tmp_path: Path) -> None:
         ("return [1, 2, 1e200]", "rows.jsonl, line 3: score.py:f: the reward is 1e+200"),
         ("return [1, 2, None]", "rows.jsonl, line 3: score.py:f: the reward is None"),
         ("return ['1', '2', '3']", "rows.jsonl, line 3: score.py:f: the reward is '1'"),
+        # its keys, or in an order of their own, would be learned from
+        ("return {1: 0.5, 2: 0.5, 3: 1}", "rows.jsonl, line 3: score.py:f: TypeError: a dict"),
+        ("return {1.0, 2.0, 3.0}", "rows.jsonl, line 3: score.py:f: TypeError: a set"),
     ],
 )
 def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, body: str, text: str) -> None:
@@ -77,6 +81,33 @@ def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, body: str, text:
         reward(ROW, ANSWERS)
     assert raised.value.message.startswith(text)
     assert "\n" not in raised.value.message and raised.value.hint
+
+
+def test_a_function_may_be_async_as_with_trl(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(
+        "import asyncio\n"
+        "async def f(completions, **fields):\n"
+        "    await asyncio.sleep(0)\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    reward = FunctionReward(f"{tmp_path / 'score.py'}:f")
+    expected = [len(answer.text) for answer in ANSWERS]
+    assert reward(ROW, ANSWERS) == expected
+
+    async def notebook() -> list[float]:  # where a loop runs already
+        return reward(ROW, ANSWERS)
+
+    assert asyncio.run(notebook()) == expected
+
+
+def test_what_a_function_changes_in_its_row_is_not_there_in_the_next_call(tmp_path: Path) -> None:
+    row = ScoredRow(ROW.place, ROW.messages, ROW.answer, {"seen": [0]}, True)
+    body = """for seen, turns in zip(fields["seen"], prompts):
+        assert len(seen) == 1 and len(turns) == 2  # of each answer, too
+        seen.append(1), turns.append(1)
+    return [1, 2, 3]"""
+    reward = FunctionReward(score_file(tmp_path, body))
+    assert reward(row, ANSWERS) == reward(row, ANSWERS) == [1, 2, 3]
 
 
 def test_an_interrupt_in_a_function_is_one(tmp_path: Path) -> None:
