@@ -300,6 +300,8 @@ class ScoringEndpoint:
     ) -> tuple[list[int], list[float], float]:
         """Return the ids that are named, their log-probabilities, and the rest's."""
         logs = np.array(list(logs_by_key.values()), np.float64)
+        if not len(logs):
+            raise _Unusable(f"no log-probabilities of token {number}")
         if np.isnan(logs).any() or (logs > _ABOVE_ONE).any():
             raise _Unusable(f"a log-probability of {logs.max():g} at token {number}")
         order = np.argsort(-logs, kind="stable")

@@ -253,9 +253,9 @@ def write(
             handles.append(handle)
         done = np.fromfile(folder / "done.bin", np.uint8)
         for groups in batcher.plan(0):
-            numbers = np.array([row for group in groups for row in group if not done[row]])
-            if not len(numbers):
-                continue
+            numbers = np.array([row for group in groups for row in group])
+            if done[numbers].all():
+                continue  # else the whole batch: fewer rows would be rounded otherwise
             batch = batcher.batch([[int(row)] for row in numbers])
             for handle, values in zip(handles[:3], answer(batch), strict=True):
                 _put(handle, batch.sources_N, values)

@@ -19,7 +19,9 @@ from mlx_slim.models.load import read_config
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.run import plan
 from mlx_slim.round_events import RoundBegun
+from tests.support.endpoint import serving
 from tests.support.runs import Recorder, losses, recipe, run_until_killed, write_rows
+from tests.support.scoring_server import ScoringServer
 from tests.support.tiny import TinyModels, tiny_model
 
 TURNS = "7500000"  # bytes: the student trains in 3.0 MB, the teacher's weights are 5 MB
@@ -157,6 +159,39 @@ def test_where_both_do_not_fit_student_and_teacher_take_turns(
         assert sum("is unloaded" in text for text in texts) == 1  # not once a round
         runs.append(losses(out))
     assert runs[0] == runs[1]
+
+
+def test_an_endpoint_scores_rounds_as_a_local_teacher_and_may_fail_meanwhile(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    teacher, data = large_teacher(tmp_path / "t"), write_rows(tmp_path / "rows.jsonl")
+    keys = {"on_policy_fraction": 0.8, "divergence": "jsd", "top_k": 16, "ask": {"retries": 0}}
+    small = small_recipe(tiny(), teacher, data, **keys)
+    distill(small, tmp_path / "local", observer=Recorder())
+    server = ScoringServer(teacher)
+    with serving(server) as served:
+        far = small.recipe.model_dump(mode="json", exclude_unset=True)
+        far["distill"]["teachers"] = [{"base_url": served.base_url, "model": "far"}]
+        resolved = from_values(far, "small", "test")
+        distill(resolved, tmp_path / "far", observer=Recorder())
+        count = len(served.requests)
+    assert losses(tmp_path / "far") == pytest.approx(losses(tmp_path / "local"), rel=1e-4)
+    about = [json.loads(f.read_text()) for f in (tmp_path / "far").glob("targets/*/about.json")]
+    assert {json.dumps(one["teacher"]) for one in about} == {
+        json.dumps({"base_url": served.base_url, "model": "far"})
+    }
+
+    def dies(number: int, body: dict[str, Any]) -> Any:
+        return server(number, body) if number < count - 3 else (500, {"error": "out of memory"}, {})
+
+    out, port = tmp_path / "failed", int(served.base_url.split(":")[-1].removesuffix("/v1"))
+    with serving(dies, port=port), pytest.raises(SlimError, match="answered|500") as failed:
+        distill(resolved, out, observer=Recorder())
+    assert "saved" in failed.value.hint
+    with serving(server, port=port) as served:
+        distill(resolved, out, observer=Recorder(), resume=True)
+        assert len(served.requests) < count
+    assert losses(out) == losses(tmp_path / "far")
 
 
 def test_a_plan_counts_the_teacher(tiny: TinyModels, tmp_path: Path) -> None:

@@ -270,6 +270,22 @@ def test_an_echo_of_other_tokens_is_refused(teacher: Path) -> None:
             far.targets(collate(ROWS, [[3]], isolate=False), target_layout(ROWS, K, VOCAB))
 
 
+def test_an_echo_without_the_log_probabilities_of_a_token_is_refused(teacher: Path) -> None:
+    server = ScoringServer(teacher, ("echo",))
+
+    def script(number: int, body: dict[str, Any]) -> Any:
+        status, value, headers = server(number, body)
+        if number > 1 and "echo" in body:
+            value["choices"][0]["logprobs"]["top_logprobs"][2] = None
+        return status, value, headers
+
+    with serving(script) as served:
+        far = endpoint(served.base_url, teacher)
+        far.check()
+        with pytest.raises(SlimError, match="no log-probabilities of token 2"):
+            far.targets(collate(ROWS, [[3]], isolate=False), target_layout(ROWS, K, VOCAB))
+
+
 # ------------------------------------------------------------------------------------ whole runs
 
 

@@ -148,6 +148,28 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
         assert mx.array_equal(ours, theirs).item()
 
 
+def test_a_batch_of_which_some_rows_are_marked_is_computed_whole(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The marks of a batch are several writes: in a smaller batch, numbers are rounded otherwise."""
+    model: Any = load(str(tiny("llama")))[0]
+    shape = target_layout(ROWS, 6, VOCAB)
+    generator, folder = TargetGenerator(model, shape, 1.0, 1), tmp_path / "c"
+    next(iter(target_cache.write(folder, _key(shape), shape, _batcher(), generator)))
+    marks = np.fromfile(folder / "done.bin", np.uint8)
+    assert marks.sum() > 1
+    marks[np.flatnonzero(marks)[-1]] = 0
+    marks.tofile(folder / "done.bin")
+    first: list[int] = []
+
+    def counts(batch: Batch):
+        first.append(batch.rows)
+        return generator(batch)
+
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
+    assert sum(first) == len(ROWS)
+
+
 def test_stopping_keeps_what_was_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
