@@ -151,7 +151,7 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
 def test_a_batch_of_which_some_rows_are_marked_is_computed_whole(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The marks of a batch are several writes: in a smaller batch, numbers are rounded otherwise."""
+    """A batch is marked by several writes; a smaller batch is rounded otherwise."""
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     generator, folder = TargetGenerator(model, shape, 1.0, 1), tmp_path / "c"
