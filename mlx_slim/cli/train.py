@@ -242,16 +242,24 @@ def go(
 
 
 def _validate(resolved: Resolved, as_json: bool) -> None:
-    """Print the model's loss on the validation rows, or how many pairs it has the right way."""
+    """Print the model's loss on the validation rows, or how many answers it prefers rightly."""
     from mlx_slim.finetuning.validate import validate
-    from mlx_slim.preferences.run import validate_pairs
+    from mlx_slim.preferences.run import validate_labels, validate_pairs
 
     with alive():
-        if resolved.recipe.preference is None:
+        if resolved.recipe.preference_rows is None:
             result = validate(resolved.recipe)
             text = (
                 f"{result.model}: validation loss {result.loss:.4f} nats/token "
                 f"({result.supervised:,} supervised tokens, {result.rows:,} rows)"
+            )
+        elif resolved.recipe.preference_rows == "labels":
+            result = validate_labels(resolved.recipe)
+            text = (
+                f"{result.model}: desirable answers have the higher mean log-probability in "
+                f"{result.accuracy:.1%} of {result.desirable * result.undesirable:,} comparisons "
+                f"of {result.desirable:,} validation rows with {result.undesirable:,} others (by "
+                f"{result.margin:.4f} nats/token on average)"
             )
         else:
             result = validate_pairs(resolved.recipe)

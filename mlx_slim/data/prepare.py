@@ -45,7 +45,8 @@ __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 # 2: with truncation=left the BOS stays in front. 3: weights of turns, tools, exact spans.
 # 4: long texts are split.
 _VERSION = 4
-_FILES = ("rows", "held_out", "train.npy", "validation.npy", "prepared.json")
+_HELD_OUT = "held_out"  # the folder of rows that data.validation names
+_FILES = ("rows", _HELD_OUT, "train.npy", "validation.npy", "prepared.json")
 _SPLIT = ("split", "split_overlap")
 
 
@@ -202,12 +203,24 @@ def prepare(
     return _open(tokens, fingerprint, ledger)
 
 
+def sources_of(config: DataConfig, store: TokenStore) -> list[tuple[SourceConfig, int | None]]:
+    """Return the sources that the folder of a store was made of, with the rows taken of each."""
+    if store.folder.name == _HELD_OUT and isinstance(config.validation, str):
+        return [(_validation_config(config, config.validation), None)]
+    weights = [source.weight for source in config.sources]
+    return list(zip(config.sources, quotas(config.max_rows, weights), strict=True))
+
+
+def _validation_config(config: DataConfig, path: str) -> SourceConfig:
+    return SourceConfig(path=path, format=config.format, split="validation")
+
+
 def _validation_source(
     config: DataConfig, find: Callable[[SourceConfig], Source]
 ) -> tuple[Source, SourceConfig] | None:
     if not isinstance(config.validation, str):
         return None
-    source = SourceConfig(path=config.validation, format=config.format, split="validation")
+    source = _validation_config(config, config.validation)
     return find(source), source
 
 
@@ -240,7 +253,7 @@ def _open(tokens: Path, fingerprint: JsonObject, ledger: JsonObject) -> Prepared
     with library_errors(f"{short(tokens)} is damaged", "remove it: it is made again"):
         index, chosen = (np.load(tokens / f"{part}.npy") for part in ("train", "validation"))
     train = TokenStore(tokens / "rows", index=index, fingerprint=f"{key}:train")
-    name = "held_out" if (tokens / "held_out").is_dir() else "rows"
+    name = _HELD_OUT if (tokens / _HELD_OUT).is_dir() else "rows"
     validation = None
     if len(chosen):
         validation = TokenStore(tokens / name, index=chosen, fingerprint=f"{key}:validation")
@@ -293,7 +306,7 @@ def _write(
         validation_ledger = SourceLedger(
             validation_source[0].name, validation_source[0].kind, 1.0, []
         )
-        held_writer = TokenWriter(folder / "held_out")
+        held_writer = TokenWriter(folder / _HELD_OUT)
         for answer in tokenize_source(workers, *validation_source, validation_ledger):
             held_writer.add(answer.tokens)
         held_hashes = held_writer.close()

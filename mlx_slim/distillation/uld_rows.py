@@ -26,14 +26,13 @@ from typing import Any
 import numpy as np
 
 from mlx_slim.artifacts import atomic_folder, hash_json, read_json, write_json
-from mlx_slim.config.schema import Recipe, SourceConfig
+from mlx_slim.config.schema import Recipe
 from mlx_slim.data.collate import RowStore, first_targets
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.pipeline import Pipeline, PreparedRow
-from mlx_slim.data.prepare import Prepared
+from mlx_slim.data.prepare import Prepared, sources_of
 from mlx_slim.data.rendered import Rendered
 from mlx_slim.data.sources import Source
-from mlx_slim.data.split import quotas
 from mlx_slim.data.store import TokenRows, TokenStore, TokenWriter
 from mlx_slim.data.tokenize import Tokens, check_ids
 from mlx_slim.distillation.uld_alignment import (
@@ -349,7 +348,7 @@ def aligned_rows(
                 with atomic_folder(target, replace=True) as temporary:
                     every = TokenStore(store.folder)
                     with stage("aligning tokens", len(every), "rows"):
-                        source = _prepared_rows(recipe, pipeline, out, store.folder.name)
+                        source = _prepared_rows(recipe, pipeline, out, store)
                         aligner.write(temporary, every, source, key)
             folders[store.folder] = target
             record = read_json(target / _RECORD)
@@ -370,20 +369,11 @@ def aligned_rows(
 
 
 def _prepared_rows(
-    recipe: Recipe, pipeline: Pipeline, out: Path, part: str
+    recipe: Recipe, pipeline: Pipeline, out: Path, store: TokenStore
 ) -> Iterator[PreparedRow]:
-    """Yield the rows of ``tokens/rows`` or ``tokens/held_out`` again, with their texts."""
-    data, find = recipe.data, finder(out)
-    if part == "rows":
-        limits = quotas(data.max_rows, [source.weight for source in data.sources])
-        sources: list[tuple[SourceConfig, int | None]] = list(
-            zip(data.sources, limits, strict=True)
-        )
-    else:
-        assert isinstance(data.validation, str)
-        config = SourceConfig(path=data.validation, format=data.format, split="validation")
-        sources = [(config, None)]
-    for config, limit in sources:
+    """Yield the rows of the folder of ``store`` again, with their texts."""
+    find = finder(out)
+    for config, limit in sources_of(recipe.data, store):
         source: Source = find(config)
         ledger = SourceLedger(source.name, source.kind, config.weight, source.ignored)
         yield from pipeline.rows(source, config, ledger, limit)

@@ -273,3 +273,8 @@ def _check_labels(data: Prepared) -> None:
         raise SlimError(
             f"all {len(labels):,} training rows have label {value}: kto needs both", hint
         )
+    if data.validation is not None and len(data.validation) == 1:
+        raise SlimError(
+            "kto compares with the answer of another row, and there is 1 validation row",
+            "set data.validation to 2 rows or more, or to 0",
+        )

@@ -185,6 +185,7 @@ class PolicyStrategy:
         self.config, self.reward = recipe.reward, reward
         self.scorer = PolicyScorer(recipe.reward, recipe.rounds, reward)
         self._say = say
+        self._validation_rows: list[ScoredRow] = []
 
     def check(self, recipe: Recipe) -> None:
         """Accept every recipe: its sections were checked."""
@@ -199,16 +200,18 @@ class PolicyStrategy:
         scorer = self.scorer
         if not scorer.rows:  # else the model is built anew in the midst of a run
             scorer.rows = self._scored_rows(recipe, tuned, out, data.train)
+            if data.validation is not None and recipe.train.validate_task is None:
+                self._validation_rows = self._scored_rows(recipe, tuned, out, data.validation)
             named = [find_task(one.task) for one in recipe.data.sources if one.task]
             tasks = {task.name: task for task in (*self.reward.tasks, *named)}
-            refuse_test_questions(scorer.rows, tasks.values(), self._say)
+            questions = [*scorer.rows, *self._validation_rows]
+            refuse_test_questions(questions, tasks.values(), self._say)
         scorer.batch_tokens, scorer.chunk = recipe.train.batch_tokens, recipe.train.loss_chunk
         scorer.vocabulary = tuned.config.get("vocab_size", 8)
         if self.config.beta:
             scorer.reference = ReferenceModel(tuned.model)
-        if data.validation is not None and recipe.train.validate_task is None:
-            rows = self._scored_rows(recipe, tuned, out, data.validation)
-            tuned.callbacks.append(self._validation(recipe, tuned, data.validation, rows))
+        if data.validation is not None and self._validation_rows:
+            tuned.callbacks.append(self._validation(recipe, tuned, data.validation))
         return data
 
     def _scored_rows(
@@ -223,12 +226,11 @@ class PolicyStrategy:
             limit=row_limit(tuned.config),
         )
 
-    def _validation(
-        self, recipe: Recipe, tuned: Tuned, store: TokenStore, rows: Sequence[ScoredRow]
-    ) -> TaskMetric:
+    def _validation(self, recipe: Recipe, tuned: Tuned, store: TokenStore) -> TaskMetric:
         """Return the mean reward of greedy answers to validation rows, as a callback."""
         from mlx_slim.evaluation.scoring.generate import MOST_ANSWERS, generate_batch
 
+        rows = self._validation_rows
         prompts = [split(*store.row(number))[0] for number in range(len(store))]
         most = recipe.rounds.longest_answers(prompts, recipe.train.max_length)
         tokenizer = tuned.loaded.tokenizer

@@ -17,8 +17,8 @@ from mlx_slim.data.formats import Example
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.overlap import words
 from mlx_slim.data.pipeline import Pipeline
+from mlx_slim.data.prepare import sources_of
 from mlx_slim.data.sources import Source
-from mlx_slim.data.split import quotas
 from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import RowLimit, SlimError
 from mlx_slim.evaluation.tasks.prompts import Chat, build_questions
@@ -76,11 +76,8 @@ def read_scored_rows(
         SlimError: A row without a question and its answer, or rows that changed meanwhile.
     """
     pipeline = Pipeline(config, tokenizer, max_length=max_length, limit=limit)
-    sources = config.sources
     read: list[ScoredRow] = []
-    for source, quota in zip(
-        sources, quotas(config.max_rows, [one.weight for one in sources]), strict=True
-    ):
+    for source, quota in sources_of(config, store):
         ledger = SourceLedger("", "", 1.0, [])
         rows = pipeline.rows(find(source), source, ledger, quota)
         read += [_scored(row.raw.place, row.example, row.raw.value) for row in rows]
@@ -129,7 +126,7 @@ def refuse_test_questions(
     """Refuse rows whose question one of ``tasks`` is scored on.
 
     Args:
-        rows: Training rows.
+        rows: Training and validation rows.
         tasks: Whose scored split is compared.
         say: Hears of a task whose scored rows are not on this machine.
 
@@ -157,5 +154,5 @@ def refuse_test_questions(
             raise SlimError(
                 f"{same[0]}: its question is one that {task.name} is scored on "
                 f"({len(same):,} of {len(rows):,} rows are)",
-                "leave these rows out: a model that was trained on them cannot be scored",
+                "leave these rows out: a model that learned or was chosen by them cannot be scored",
             )

@@ -15,10 +15,12 @@ from mlx_slim import events
 from mlx_slim.artifacts import load_tensors
 from mlx_slim.cli.main import run as command
 from mlx_slim.errors import Interrupted, SlimError
+from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.report import write_page
 from mlx_slim.finetuning.run import finetune
+from mlx_slim.models.load import load
 from mlx_slim.preferences import strategy
-from mlx_slim.preferences.run import train, validate_pairs
+from mlx_slim.preferences.run import train, validate_labels, validate_pairs
 from tests.support.preferences import labelled, pairs, preference_recipe, write
 from tests.support.runs import CtrlC, Recorder, losses, run_until_killed
 from tests.support.tiny import TinyModels
@@ -227,6 +229,41 @@ def test_validate_tells_how_many_pairs_a_model_has_the_right_way_round(
     assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy.accuracy
     with pytest.raises(SlimError, match="no validation rows"):
         validate_pairs(preference_recipe(tiny("llama"), data, data={"validation": 0}).recipe)
+
+
+def test_validate_tells_desirable_rows_from_the_others(
+    tiny: TinyModels, labels: Path, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = preference_recipe(tiny("llama"), labels, "kto", data={"validation": 9}).recipe
+    separated = validate_labels(recipe)
+    loaded = load(tiny("llama"), dtype=mx.float32)
+    rows = prepare_data(recipe, Tuned(loaded, loaded.config, None, 0), tmp_path, unchanged=False)
+    assert rows.validation is not None and rows.validation.labels is not None
+    means = []
+    for number in range(9):
+        ids_T, supervised_T = rows.validation.row(number)
+        logits_TV = np.array(loaded.model(mx.array(ids_T[None]))[0], np.float64)
+        logs_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)
+        at = np.flatnonzero(supervised_T)
+        means.append(logs_TV[at - 1, ids_T[at]].mean())
+    desirable = [m for m, label in zip(means, rows.validation.labels, strict=True) if label]
+    others = [m for m, label in zip(means, rows.validation.labels, strict=True) if not label]
+    assert (separated.desirable, separated.undesirable) == (len(desirable), len(others))
+    right = [one > other for one in desirable for other in others]
+    assert separated.accuracy == pytest.approx(np.mean(right))
+    assert separated.margin == pytest.approx(np.mean(desirable) - np.mean(others), abs=1e-4)
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    capsys.readouterr()
+    assert command(["train", str(file), "--validate"]) == 0
+    assert f"in {separated.accuracy:.1%} of {len(right)} comparisons" in capsys.readouterr().out
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    alike = {"validation": str(tmp_path / "one.jsonl")}
+    one = preference_recipe(tiny("llama"), labels, "kto", data=alike)
+    with pytest.raises(SlimError, match="1 validation rows have label true and 0 have false"):
+        validate_labels(one.recipe)
+    with pytest.raises(SlimError, match="there is 1 validation row"):  # no answer of another one
+        train(one, tmp_path / "run", observer=Recorder())
 
 
 def test_the_adapter_alone_makes_the_difference(

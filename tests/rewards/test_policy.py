@@ -175,6 +175,29 @@ def test_a_changed_function_is_refused_on_a_resume(
     )
 
 
+def test_test_questions_are_refused_in_validation_rows_too(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    (tmp_path / "test.jsonl").write_text('{"prompt": "How many?", "completion": "4"}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "kind: generation\ndata: {path: test.jsonl}\n"
+        "fields: {prompt: text, completion: text}\n"
+        'prompt: "{{ prompt }}"\ntarget: "{{ completion }}"\n'
+    )
+    run = resolved(
+        tiny(),
+        tmp_path,
+        data={
+            "path": str(write_rows(tmp_path / "rows.jsonl", 12)),
+            "validation": str(tmp_path / "test.jsonl"),
+        },
+        reward={"task": str(tmp_path / "mine.yaml")},
+    )
+    with pytest.raises(SlimError, match=r"test.jsonl, line 1: its question is one that mine"):
+        train(run, tmp_path / "out", observer=Recorder())
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_rewards_on_disk_are_not_computed_again(
     tiny: TinyModels, tmp_path: Path, reward: str
 ) -> None:

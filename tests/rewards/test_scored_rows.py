@@ -74,6 +74,26 @@ def test_row_i_is_row_i_of_the_store(tiny: TinyModels, tmp_path: Path) -> None:
             assert row.fields["level"] == int(row.answer.split()[-1])
 
 
+@pytest.mark.parametrize("count", [4, 20])
+def test_rows_of_a_file_of_their_own_are_validated_as_themselves(
+    tiny: TinyModels, tmp_path: Path, count: int
+) -> None:
+    files = [
+        rows_file(
+            tmp_path / name, [{"prompt": f"{name} {i}", "completion": f"{i}"} for i in range(n)]
+        )
+        for name, n in (("a.jsonl", 12), ("b.jsonl", count))
+    ]
+    config = DataConfig(path=str(files[0]), validation=str(files[1]))
+    tokenizer = load_tokenizer(tiny())
+    data = prepare(config, tokenizer, max_length=64, seed=0, folder=tmp_path / "run", processes=0)
+    assert data.validation is not None
+    rows = read_scored_rows(
+        data.validation, config, tokenizer, sources.find, max_length=64, limit=None
+    )
+    assert [row.prompt for row in rows] == [f"b.jsonl {i}" for i in range(count)]
+
+
 def test_a_row_that_asks_nothing_is_refused(tiny: TinyModels, tmp_path: Path) -> None:
     file = rows_file(tmp_path / "a.jsonl", [{"text": "once upon a time"}])
     with pytest.raises(SlimError, match=r"a.jsonl, line 1: a row of format text asks nothing"):
