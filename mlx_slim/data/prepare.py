@@ -45,8 +45,8 @@ __all__ = ["Prepared", "fingerprint_difference", "prepare"]
 # 2: with truncation=left the BOS stays in front. 3: weights of turns, tools, exact spans.
 # 4: long texts are split.
 _VERSION = 4
-_HELD_OUT = "held_out"  # the folder of rows that data.validation names
-_FILES = ("rows", _HELD_OUT, "train.npy", "validation.npy", "prepared.json")
+_VALIDATION_ROWS = "held_out"  # the folder of rows that data.validation names
+_FILES = ("rows", _VALIDATION_ROWS, "train.npy", "validation.npy", "prepared.json")
 _SPLIT = ("split", "split_overlap")
 
 
@@ -205,7 +205,7 @@ def prepare(
 
 def sources_of(config: DataConfig, store: TokenStore) -> list[tuple[SourceConfig, int | None]]:
     """Return the sources that the folder of a store was made of, with the rows taken of each."""
-    if store.folder.name == _HELD_OUT and isinstance(config.validation, str):
+    if store.folder.name == _VALIDATION_ROWS and isinstance(config.validation, str):
         return [(_validation_config(config, config.validation), None)]
     weights = [source.weight for source in config.sources]
     return list(zip(config.sources, quotas(config.max_rows, weights), strict=True))
@@ -253,7 +253,7 @@ def _open(tokens: Path, fingerprint: JsonObject, ledger: JsonObject) -> Prepared
     with library_errors(f"{short(tokens)} is damaged", "remove it: it is made again"):
         index, chosen = (np.load(tokens / f"{part}.npy") for part in ("train", "validation"))
     train = TokenStore(tokens / "rows", index=index, fingerprint=f"{key}:train")
-    name = _HELD_OUT if (tokens / _HELD_OUT).is_dir() else "rows"
+    name = _VALIDATION_ROWS if (tokens / _VALIDATION_ROWS).is_dir() else "rows"
     validation = None
     if len(chosen):
         validation = TokenStore(tokens / name, index=chosen, fingerprint=f"{key}:validation")
@@ -306,7 +306,7 @@ def _write(
         validation_ledger = SourceLedger(
             validation_source[0].name, validation_source[0].kind, 1.0, []
         )
-        held_writer = TokenWriter(folder / _HELD_OUT)
+        held_writer = TokenWriter(folder / _VALIDATION_ROWS)
         for answer in tokenize_source(workers, *validation_source, validation_ledger):
             held_writer.add(answer.tokens)
         held_hashes = held_writer.close()
