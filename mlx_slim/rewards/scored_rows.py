@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlx_slim.config.schema import DataConfig, SourceConfig
-from mlx_slim.data.formats import Example
 from mlx_slim.data.ledger import SourceLedger
 from mlx_slim.data.overlap import words
-from mlx_slim.data.pipeline import Pipeline
+from mlx_slim.data.pipeline import Pipeline, PreparedRow
 from mlx_slim.data.prepare import sources_of
 from mlx_slim.data.sources import Source
 from mlx_slim.data.store import TokenStore
@@ -80,7 +81,7 @@ def read_scored_rows(
     for source, quota in sources_of(config, store):
         ledger = SourceLedger("", "", 1.0, [])
         rows = pipeline.rows(find(source), source, ledger, quota)
-        read += [_scored(row.raw.place, row.example, row.raw.value) for row in rows]
+        read += [_scored(row, config.truncation) for row in rows]
     if len(store) and int(store.index.max()) >= len(read):
         raise SlimError(
             f"the data has {len(read):,} rows now, fewer than when they were tokenised",
@@ -89,15 +90,27 @@ def read_scored_rows(
     return [read[number] for number in store.index]
 
 
-def _scored(place: str, example: Example, fields: JsonObject) -> ScoredRow:
-    *prompt, answer = example.messages or [{"role": "", "content": ""}]
+def _scored(row: PreparedRow, truncation: str) -> ScoredRow:
+    place, example = row.raw.place, row.example
+    turn = _answered(row, truncation)
+    prompt, answer = example.messages[:turn], example.messages[turn:]
     if not any(message["role"] == "user" for message in prompt):
         raise SlimError(
             f"{place}: a row of format {example.kind} asks nothing: expected a question and its "
             "answer",
             "rewards score answers to questions: give rows with prompt and completion, or messages",
         )
-    return ScoredRow(place, prompt, answer["content"].strip(), fields, example.kind == "chat")
+    text = answer[0]["content"].strip()
+    return ScoredRow(place, prompt, text, row.raw.value, example.kind == "chat")
+
+
+def _answered(row: PreparedRow, truncation: str) -> int:
+    """Return the last turn that is learned, the one that ``finetuning/prompts.py`` splits off."""
+    turns = [number for number, weight in enumerate(row.example.turn_weights) if weight]
+    if truncation == "right" and row.length > len(row.tokens.ids_T):
+        begun = np.count_nonzero(np.diff(row.tokens.supervised_T.astype(np.int8)) == 1)
+        turns = turns[:begun]  # the answers behind are cut off
+    return turns[-1] if turns else 0
 
 
 def _key(text: str) -> str:

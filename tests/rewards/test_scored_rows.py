@@ -15,6 +15,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.rows import load_rows
 from mlx_slim.evaluation.tasks.spec import find_task
 from mlx_slim.evaluation.tasks.training_rows import question_keys
+from mlx_slim.finetuning.prompts import split
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.rewards.scored_rows import ScoredRow, read_scored_rows, refuse_test_questions
 from tests.support.tiny import TinyModels
@@ -72,6 +73,35 @@ def test_row_i_is_row_i_of_the_store(tiny: TinyModels, tmp_path: Path) -> None:
             assert row.messages[0] == {"role": "system", "content": "be short"}
         else:
             assert row.fields["level"] == int(row.answer.split()[-1])
+
+
+def test_the_question_is_the_one_that_is_answered(tiny: TinyModels, tmp_path: Path) -> None:
+    """The last turn that is learned: others may be marked, or cut off."""
+
+    def chat(*weights: int, last: str = "2") -> dict[str, Any]:
+        turns = [
+            {"role": role, "content": f"{text} {number}" if number < 3 else last, "weight": weight}
+            for number, weight in enumerate(weights, 1)
+            for role, text in (("user", "ask"), ("assistant", "say"))
+        ]
+        return {"messages": turns}
+
+    rows = [chat(1, 1), chat(1, 0), chat(0, 1), chat(1, 1, 1, last="x" * 200)]
+    config = DataConfig(
+        path=str(rows_file(tmp_path / "a.jsonl", rows)),
+        validation=0,
+        template="chatml",
+        truncation="right",
+    )
+    tokenizer = load_tokenizer(tiny())
+    data = prepare(config, tokenizer, max_length=190, seed=0, folder=tmp_path / "run", processes=0)
+    read = read_scored_rows(data.train, config, tokenizer, sources.find, max_length=190, limit=None)
+    assert [row.prompt for row in read] == ["ask 2", "ask 1", "ask 2", "ask 2"]
+    for number, row in enumerate(read):
+        prompt, answer = split(*data.train.row(number))
+        question = f"{row.prompt}<|im_end|>\n<|im_start|>assistant"
+        assert tokenizer.decode(prompt).rstrip().endswith(question)
+        assert row.answer in tokenizer.decode(answer)
 
 
 @pytest.mark.parametrize("count", [4, 20])
