@@ -37,6 +37,7 @@ from mlx_slim.errors import ResourceError
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.models.load import read_config
+from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.planner.memory import weight_bytes
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import (
@@ -117,10 +118,10 @@ class LogitDistillation:
         tokenizer = str(data.fingerprint["tokenizer"])
         teachers = []
         for teacher, endpoint in zip(self.teachers, self._endpoints, strict=True):
-            shared = tuned.config["vocab_size"]
+            shared = vocabulary_size(tuned.config)
             if endpoint is None:
                 teacher_hash = fingerprint(teacher, self._dtype)
-                shared = min(shared, self._config(teacher)["vocab_size"])
+                shared = min(shared, vocabulary_size(self._config(teacher)))
             else:
                 teacher_hash = endpoint.fingerprint
             set_of = partial(self._set_of, recipe, cache, teacher_hash, tokenizer, shared)

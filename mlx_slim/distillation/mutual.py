@@ -31,6 +31,7 @@ from mlx_slim.finetuning.strategy import load_tuned, planned_config, save_tuned
 from mlx_slim.models import structure
 from mlx_slim.models.load import read_config
 from mlx_slim.models.logits import logsumexp, row_sums
+from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.students import combined, predict_run, second_recipe
 from mlx_slim.reading import JsonObject
@@ -297,8 +298,8 @@ class MutualDistillation:
         """
         assert self.second.model is not None
         sizes = [
-            read_config(recipe.model, recipe.revision)["vocab_size"],
-            read_config(self.second.model, self.second.revision)["vocab_size"],
+            vocabulary_size(read_config(recipe.model, recipe.revision)),
+            vocabulary_size(read_config(self.second.model, self.second.revision)),
         ]
         if sizes[0] != sizes[1]:
             raise SlimError(

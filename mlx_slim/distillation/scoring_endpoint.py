@@ -39,6 +39,7 @@ from mlx_slim.distillation.target_generation import OpenTeacher
 from mlx_slim.distillation.teachers import name_of
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load_tokenizer, read_config
+from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.reading import JsonObject, parse_json
 
 _LARGEST_REPLY = 1 << 28  # bytes: 4,096 tokens with 64 log-probabilities each are 20 MB
@@ -346,7 +347,7 @@ def scoring_endpoints(
     for number, teacher in enumerate(teachers):
         if teacher.base_url is not None:
             tokenizer = load_tokenizer(recipe.model, revision=recipe.revision)
-            vocabulary = int(read_config(recipe.model, recipe.revision)["vocab_size"])
+            vocabulary = vocabulary_size(read_config(recipe.model, recipe.revision))
             endpoint = ScoringEndpoint(teacher, distill, tokenizer, vocabulary)
             endpoint.check()
             endpoints[number] = endpoint

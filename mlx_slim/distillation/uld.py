@@ -64,6 +64,7 @@ from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.finetuning.strategy import SingleModel
 from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.models.row_limits import row_limit
+from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import default_num_threads, resolve_dtype, true_on_all_ranks, world
 from mlx_slim.training.step import Objective
@@ -215,11 +216,11 @@ class ULDDistillation:
             alignments, record = aligned_rows(recipe, data, out, student, reader, out / _ALIGNMENTS)
             vocabulary = None
             if uld.hybrid:
-                sizes = (tuned.config["vocab_size"], config["vocab_size"])
+                sizes = (vocabulary_size(tuned.config), vocabulary_size(config))
                 vocabulary = VocabularyMap.of(student, tokenizer, sizes)
             one = _Teacher(teacher, alignments, vocabulary)
             teachers.append(one)
-            sets = self._sets(recipe, one, int(config["vocab_size"]), cache)
+            sets = self._sets(recipe, one, vocabulary_size(config), cache)
             stored.append(TargetTeacher(name_of(teacher), partial(self._open, one), sets))
             self._unaligned.append(record)
             if record["unaligned"]:

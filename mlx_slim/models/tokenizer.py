@@ -107,6 +107,21 @@ def embedding_rows(config: ModelConfig) -> int | None:
     return None
 
 
+def vocabulary_size(config: ModelConfig) -> int:
+    """Return the tokens that a model gives logits for; of one that sees pictures, its text part's.
+
+    Raises:
+        SlimError: If the config does not say it.
+    """
+    rows = embedding_rows(config)
+    if rows is None:
+        raise SlimError(
+            f"config.json of a model of type {config.get('model_type')} has no vocab_size",
+            "add it: the rows of the embedding",
+        )
+    return rows
+
+
 def _end(inner: Any, vocabulary: dict[str, int], config: ModelConfig) -> list[str]:
     """Give a tokenizer without an end token the config's; return what to say."""
     if inner.eos_token_id is not None:

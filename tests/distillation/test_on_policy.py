@@ -22,7 +22,7 @@ from mlx_slim.round_events import RoundBegun
 from tests.support.endpoint import serving
 from tests.support.runs import Recorder, losses, recipe, run_until_killed, write_rows
 from tests.support.scoring_server import ScoringServer
-from tests.support.tiny import TinyModels, tiny_model
+from tests.support.tiny import ARCHITECTURES, TinyModels, tiny_model
 
 TURNS = "7500000"  # bytes: the student trains in 3.0 MB, the teacher's weights are 5 MB
 
@@ -192,6 +192,30 @@ def test_an_endpoint_scores_rounds_as_a_local_teacher_and_may_fail_meanwhile(
         distill(resolved, out, observer=Recorder(), resume=True)
         assert len(served.requests) < count
     assert losses(out) == losses(tmp_path / "far")
+
+
+def test_models_whose_text_part_says_the_vocabulary(tmp_path: Path) -> None:
+    """As those that see pictures: mistral3, gemma3."""
+    folders = []
+    for name in ("student", "teacher"):
+        text = {**ARCHITECTURES["llama"], "model_type": "llama"}
+        folder = tiny_model(tmp_path / name, model_type="mistral3", text_config=text)
+        config = json.loads((folder / "config.json").read_text())
+        part = {key: value for key, value in config.items() if key not in ARCHITECTURES["llama"]}
+        kept = {"model_type": "mistral3", "tie_word_embeddings": False, **part}
+        (folder / "config.json").write_text(json.dumps(kept))
+        folders.append(folder)
+    values = small_recipe(*folders, write_rows(tmp_path / "rows.jsonl")).recipe.model_dump(
+        exclude_unset=True
+    )
+    for method in ("on-policy", "uld", "mutual"):
+        values["distill"]["method"] = method
+        if method != "on-policy":
+            values.pop("rounds", None)
+        values["train"] |= {"steps": 1}
+        out = tmp_path / method
+        distill(from_values(values, "small", "test"), out, observer=Recorder())
+        assert (out / "run.json").is_file()
 
 
 def test_a_plan_counts_the_teacher(tiny: TinyModels, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mlx_slim.evaluation.chat import open_session
 from mlx_slim.evaluation.scoring.perplexity import TextDocuments, TextJob
 from mlx_slim.evaluation.scoring.requests import RequestEncoder
 from mlx_slim.models.load import load, load_tokenizer
-from mlx_slim.models.tokenizer import keep_within
+from mlx_slim.models.tokenizer import keep_within, vocabulary_size
 from mlx_slim.quantization.calibration import read_calibration
 from tests.support.tiny import SPECIALS, tiny_model
 
@@ -212,3 +212,10 @@ def test_half_a_character_is_refused_before_the_tokenizer(tmp_path: Path) -> Non
     )
     with pytest.raises(SlimError, match=r"rows\.jsonl, line 1: '.ud83d' at character \d+ is half"):
         prepare(config, load_tokenizer(folder), max_length=64, seed=0, folder=tmp_path / "p")
+
+
+def test_a_vocabulary_is_the_text_parts_where_the_model_sees_pictures() -> None:
+    assert vocabulary_size({"vocab_size": 264, "text_config": {"vocab_size": 9}}) == 264
+    assert vocabulary_size({"model_type": "mistral3", "text_config": {"vocab_size": 200}}) == 200
+    with pytest.raises(SlimError, match="of type mistral3 has no vocab_size"):
+        vocabulary_size({"model_type": "mistral3", "text_config": {}})
