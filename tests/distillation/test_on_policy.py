@@ -202,12 +202,11 @@ def test_models_whose_text_part_says_the_vocabulary(tmp_path: Path) -> None:
         folder = tiny_model(tmp_path / name, model_type="mistral3", text_config=text)
         config = json.loads((folder / "config.json").read_text())
         part = {key: value for key, value in config.items() if key not in ARCHITECTURES["llama"]}
-        kept = {"model_type": "mistral3", "tie_word_embeddings": False, **part}
-        (folder / "config.json").write_text(json.dumps(kept))
+        part |= {"model_type": "mistral3", "tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(part))
         folders.append(folder)
-    values = small_recipe(*folders, write_rows(tmp_path / "rows.jsonl")).recipe.model_dump(
-        exclude_unset=True
-    )
+    resolved = small_recipe(folders[0], folders[1], write_rows(tmp_path / "rows.jsonl"))
+    values = resolved.recipe.model_dump(exclude_unset=True)
     for method in ("on-policy", "uld", "mutual"):
         values["distill"]["method"] = method
         if method != "on-policy":
