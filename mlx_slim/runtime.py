@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_slim import blas
 from mlx_slim.children import MEMORY_VARIABLE
@@ -373,3 +375,15 @@ def exp_nanoseconds(count: int = 1 << 19, rounds: int = 4) -> float:
     x_N = mx.random.normal((count,))
     mx.eval(x_N)
     return _best_seconds(lambda: mx.exp(x_N), rounds) / count * 1e9
+
+
+def host_exp_nanoseconds(count: int = 1 << 15, rounds: int = 16) -> float:
+    """Return the nanoseconds that one exponential of NumPy costs, in a core's cache."""
+    x_N = np.linspace(-4, 4, count, dtype=np.float32)
+    out_N = np.empty_like(x_N)
+    best = math.inf
+    for _ in range(rounds):
+        began = time.perf_counter()
+        np.exp(x_N, out=out_N)
+        best = min(best, time.perf_counter() - began)
+    return best / count * 1e9

@@ -3,8 +3,9 @@
 Invariant: a component is a module of the model, run forward and backward on the arrays that it got
 in the step, by as many threads at a time as train; what a module costs without the modules inside
 it is the difference. Seconds of components are wall time with all threads busy, so what the whole
-step takes besides them is Python, waiting and what cannot be taken apart. Where steps are compiled
-the components are still computed one by one: the whole may then be less than their sum. Try it:
+step takes besides them is Python, waiting and what cannot be taken apart. Where steps are compiled,
+or blocks computed in pieces with NumPy between them (a CPU), the components are still computed one
+by one, by MLX: the whole may then be less than their sum. Try it:
 ``mlx-slim bench train MODEL --profile``. Legend: M rows of a product, I inputs, O outputs.
 """
 
@@ -35,7 +36,8 @@ from mlx_slim.models import structure
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import run_in_threads
-from mlx_slim.training.step import CrossEntropy, batch_arrays, part_count, supervised_rows
+from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, supervised_rows
+from mlx_slim.training.step import part_count
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import sys
@@ -123,18 +124,31 @@ def _load(path: str) -> str | None:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """Let OpenBLAS use one thread inside: for callers that keep every core busy themselves."""
-    library = ctypes.CDLL(None)
-    try:
-        before = library.openblas_get_num_threads()
-        library.openblas_set_num_threads(1)
-    except AttributeError:  # no OpenBLAS here
+    """Let OpenBLAS use one thread inside: for callers that keep every core busy themselves.
+
+    MLX's and NumPy's: their wheels bring one each.
+    """
+    with contextlib.ExitStack() as undo:
+        for library, form in ((ctypes.CDLL(None), "openblas_{}"), *_numpy_openblas()):
+            with contextlib.suppress(AttributeError):  # no OpenBLAS, or other names
+                before = getattr(library, form.format("get_num_threads"))()
+                set_threads = getattr(library, form.format("set_num_threads"))
+                set_threads(1)
+                undo.callback(set_threads, before)
         yield
-        return
-    try:
-        yield
-    finally:
-        library.openblas_set_num_threads(before)
+
+
+@functools.cache
+def _numpy_openblas() -> list[tuple[ctypes.CDLL, str]]:
+    """Return the OpenBLAS of NumPy's wheel, where there is one, and the form of its names."""
+    spec = find_spec("numpy")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parents[1] / "numpy.libs"
+    return [
+        (ctypes.CDLL(str(path)), "scipy_openblas_{}64_")
+        for path in folder.glob("libscipy_openblas64_*.so")
+    ]
 
 
 def physical_cores() -> int:

@@ -47,7 +47,7 @@ from mlx_slim.runtime import (
     memory_budget,
     resolve_dtype,
 )
-from mlx_slim.training.step import Objective
+from mlx_slim.training.objective import Objective
 
 CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names another
 

@@ -36,8 +36,9 @@ from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.planner.students import combined, predict_run, second_recipe
 from mlx_slim.reading import JsonObject
 from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows, target_weights
 from mlx_slim.training.losses import NLL, LogitsGradient, linear_loss, weighted_sum
-from mlx_slim.training.step import Arrays, Objective, batch_arrays, supervised_rows, target_weights
+from mlx_slim.training.objective import Arrays, Objective
 
 
 class ModelPair(nn.Module):

@@ -17,7 +17,8 @@ import numpy as np
 
 from mlx_slim.data.batches import Batch
 from mlx_slim.distillation.losses import DistillationLoss
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, target_weights
+from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, target_weights
+from mlx_slim.training.objective import Arrays
 
 
 class Columns(Protocol):

@@ -48,7 +48,8 @@ from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.power import keep_awake
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import true_on_all_ranks, world
-from mlx_slim.training.step import CrossEntropy, Objective
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.objective import Objective
 
 
 def learn_from_texts(

@@ -67,7 +67,7 @@ from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import default_num_threads, resolve_dtype, true_on_all_ranks, world
-from mlx_slim.training.step import Objective
+from mlx_slim.training.objective import Objective
 
 _ALIGNMENTS = "alignment"  # inside a run folder
 

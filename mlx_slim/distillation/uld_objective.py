@@ -33,8 +33,9 @@ from mlx_slim.distillation.uld_loss import (
     ULDLoss,
 )
 from mlx_slim.models.logits import logsumexp
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows
-from mlx_slim.training.step import target_weights as weights_of
+from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, supervised_rows
+from mlx_slim.training.cross_entropy import target_weights as weights_of
+from mlx_slim.training.objective import Arrays
 
 _LOG_SMALLEST = math.log(SMALLEST)
 _COPIES = 2  # float32 copies of a chunk that sorting and differentiating take, over cross-entropy's

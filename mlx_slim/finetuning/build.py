@@ -53,13 +53,14 @@ from mlx_slim.runtime import (
 )
 from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.adalora import RankBudget
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.layer_rates import described, layer_multiples
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.neftune import NoisyEmbeddings
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
 from mlx_slim.training.ranks import fewest, scaling_notice
-from mlx_slim.training.step import CrossEntropy, Objective
 
 _WORTH_SHARING = 0.1  # of the time, below which rows that begin alike stay side by side
 

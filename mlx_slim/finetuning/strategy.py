@@ -34,7 +34,7 @@ from mlx_slim.planner.memory import Prediction, predict
 from mlx_slim.quantization.base import as_record, load_base
 from mlx_slim.reading import JsonObject, ModelConfig
 from mlx_slim.runtime import resolve_dtype, world
-from mlx_slim.training.step import Objective
+from mlx_slim.training.objective import Objective
 
 
 class Student(Protocol):

@@ -20,7 +20,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.models.load import Loaded, load
 from mlx_slim.runtime import resolve_dtype
-from mlx_slim.training.step import CrossEntropy
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.validation import LossScorer, validation_loss
 
 

@@ -43,7 +43,8 @@ def dropout_again(keys: list[mx.array]) -> Iterator[None]:
     """Draw masks from the global state the first time, with the same ``keys`` the same ones again.
 
     Args:
-        keys: Empty the first time; filled with what the masks were drawn from.
+        keys: Empty the first time; filled with what the masks were drawn from. Masks beyond those
+            are drawn and added.
     """
     _again.append((keys, iter(list(keys)) if keys else None))
     try:
@@ -60,8 +61,8 @@ def _drawn_key() -> mx.array | None:
     if not _again:
         return None
     keys, replayed = _again[-1]
-    if replayed is not None:
-        return next(replayed)
+    if replayed is not None and (key := next(replayed, None)) is not None:
+        return key
     state = cast(Sequence[mx.array], mx.random.state)[0]
     keys.append(mx.stop_gradient(mx.random.split(state)[1]))  # which MLX takes now
     return None

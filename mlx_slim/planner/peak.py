@@ -28,6 +28,11 @@ STORED = {"width": 1.0, "norms": 1.0, "queries": 2.0, "keys": 2.0, "scores": 1.2
 # Of the widest layer: gate, up and product under our SwiGLU; MLX's stores sigmoid and SiLU too;
 # GELU stores the steps of its polynomial.
 STORED_INNER = {"fast": 3.0, "gated": 5.0, "other": 6.0}
+# In pieces: the inputs of attention and MLP, rotated queries and attention's output, rotated keys
+# and values, gate and up.
+STORED_IN_PIECES = {"width": 2.0, "queries": 2.0, "keys": 2.0, "inner": 2.0}
+# What MLX holds while a piece is differentiated; NumPy's arrays are besides.
+TRANSIENT_IN_PIECES = {"width": 3.0, "queries": 2.0, "keys": 2.0, "inner": 3.0}
 STORED_DROPOUT = 1.25  # of the inputs of adapted layers: each layer's dropped copy and its mask
 STORED_DORA = 1.0  # of the outputs of adapted layers: before they are scaled
 STORED_CHECKPOINTED = 1.4  # of the width: the input of a checkpointed block is stored
@@ -86,6 +91,14 @@ def _numbers(block: Block, factors: dict[str, float], scores: int) -> float:
         "scores": scores,
     }
     return sum(factor * quantities[name] for name, factor in factors.items())
+
+
+def in_pieces(shapes: TrainingShapes, recipe: Recipe, size: int, *, gpu: bool) -> bool:
+    """Return whether blocks are computed in pieces; see ``training/blockwise.py``."""
+    mutual = recipe.distill is not None and recipe.distill.method == "mutual"
+    fused = recipe.train.grad_checkpoint or recipe.train.compile is True
+    one_graph = gpu or size != 4 or mutual or fused or not shapes.splits
+    return not one_graph and all(block.in_pieces for block in shapes.blocks)
 
 
 def _stored(block: Block, recipe: Recipe, scores: int, gpu: bool) -> float:
@@ -176,7 +189,11 @@ def breakdown(
     shard = (rows + (more > 0)) * unit
     alive = (rows * num_threads + min(more, num_threads)) * unit
 
+    pieces = in_pieces(shapes, recipe, size, gpu=gpu)
+
     def stored_of(block: Block) -> float:
+        if pieces:
+            return _numbers(block, STORED_IN_PIECES, 0)
         return _stored(block, recipe, block.scores(length, fused), gpu)
 
     widest = max(shapes.blocks, key=stored_of)
@@ -188,6 +205,8 @@ def breakdown(
         recomputed = 0.0
     activation_bytes = stored * alive * size
     transient = transient_numbers(widest, widest.scores(length, fused))
+    if pieces:
+        transient = _numbers(widest, TRANSIENT_IN_PIECES, 0)
     transient_one = (recomputed + transient) * shard * size
     transient_bytes = transient_one * (1 + OVERLAP * (num_threads - 1))
     chunk = min(

@@ -59,6 +59,7 @@ class Block:
         gated: Whether the MLP is gated by SiLU (SwiGLU).
         fused_length: Positions of the longest row whose attention Metal's fused backward pass
             takes; 0 for none.
+        in_pieces: Whether a CPU trains it in pieces (``training/blockwise.py``).
     """
 
     width: int
@@ -74,6 +75,7 @@ class Block:
     linear: int
     gated: bool
     fused_length: int = 0
+    in_pieces: bool = False
 
     def scores(self, length: int, fused: bool) -> int:
         """Return the attention scores that are stored for each position of a row.
@@ -135,6 +137,10 @@ class TrainingShapes:
         return self.gradient_bytes // FULL_PRECISION_BYTES
 
 
+# Model types whose blocks a CPU computes in pieces; others are planned as one graph, which is more.
+IN_PIECES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
 def leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
     """Return (path, array) of every parameter."""
     return tree_flatten(model.parameters())  # pyright: ignore[reportReturnType]
@@ -185,6 +191,7 @@ def _blocks(
                 linear=sum(s[-1] * s[-2] * (experts if len(s) == 3 else 1) for s in sides),
                 gated=silu and any(s.inside.endswith(GATED_MLP[0]) for s in inside),
                 fused_length=attention[index].fused_length,
+                in_pieces=silu and config.get("model_type") in IN_PIECES,
             )
         )
     return result

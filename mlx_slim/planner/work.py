@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_slim.config.schema import Recipe
+from mlx_slim.planner.peak import in_pieces
 from mlx_slim.planner.rows import SUPERVISED, expected_rows
 from mlx_slim.planner.shapes import TrainingShapes
-from mlx_slim.runtime import exp_nanoseconds, matmul_gflops, on_gpu
+from mlx_slim.runtime import exp_nanoseconds, host_exp_nanoseconds, matmul_gflops, on_gpu
 
 FILLED = 0.93  # fraction of computed tokens that are real
 # Passes over memory per stored activation: written, read and differentiated.
@@ -78,6 +79,8 @@ class Operations:
         unpacked: Numbers of weights that a CPU unpacks from a quantized base.
         moved_bytes: Bytes of weights, gradients, moments and activations that are read or written.
         batch_tokens: Positions of a full micro-batch.
+        in_pieces: Whether a CPU computes blocks in pieces: its exponentials are NumPy's, and those
+            of the forward pass are computed again.
     """
 
     flops: float
@@ -86,6 +89,7 @@ class Operations:
     unpacked: float
     moved_bytes: float
     batch_tokens: int
+    in_pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,13 @@ class Speed:
         flops: Of a matrix product, per second.
         exponential: Seconds per exponential.
         element: Seconds per element of an elementwise pass.
+        host_exponential: Seconds per exponential of NumPy; None is ``exponential``.
     """
 
     flops: float
     exponential: float
     element: float
+    host_exponential: float | None = None
 
 
 def measure_speed(dtype: mx.Dtype) -> Speed:
@@ -117,7 +123,8 @@ def measure_speed(dtype: mx.Dtype) -> Speed:
         began = time.perf_counter()
         mx.eval(flat * flat)
         element = min(element, (time.perf_counter() - began) / flat.size)
-    return Speed(matmul_gflops(dtype, size, 4) * 1e9, exp_nanoseconds() * 1e-9, element)
+    host = None if on_gpu() else host_exp_nanoseconds() * 1e-9
+    return Speed(matmul_gflops(dtype, size, 4) * 1e9, exp_nanoseconds() * 1e-9, element, host)
 
 
 def expected_work(
@@ -232,6 +239,7 @@ def operations(
         unpacked=batches * (linear + head) * (2 + recomputed) * 2 if shapes.quantized else 0.0,
         moved_bytes=weights + computed * elements * size,
         batch_tokens=max(1, min(train.batch_tokens, int(computed))),
+        in_pieces=in_pieces(shapes, recipe, size, gpu=False),
     )
 
 
@@ -243,7 +251,10 @@ def predicted_seconds(work: Operations, speed: Speed, *, gpu: bool) -> float:
         speed: Of the device.
         gpu: Whether it computes with the quantized weights; a CPU unpacks them in each micro-batch.
     """
+    exponential = speed.exponential
+    if work.in_pieces and not gpu and speed.host_exponential is not None:
+        exponential = 2 * speed.host_exponential
     seconds = work.flops / speed.flops
-    seconds += work.exponentials * speed.exponential
+    seconds += work.exponentials * exponential
     seconds += work.elements * speed.element
     return seconds if gpu else seconds + work.unpacked * speed.element

@@ -23,9 +23,10 @@ from mlx_slim.models.logits import token_nll
 from mlx_slim.preferences.losses import AnswerPairs, kto_losses, pair_losses, pair_rewards
 from mlx_slim.preferences.scorer import RowScorer
 from mlx_slim.runtime import world
+from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, supervised_rows
 from mlx_slim.training.log_probs import target_log_probs
+from mlx_slim.training.objective import Arrays
 from mlx_slim.training.ranks import sum_numbers
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays, supervised_rows
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 POLICY_ACCURACY = "policy/accuracies"  # chosen has the higher mean log-probability

@@ -47,7 +47,7 @@ from mlx_slim.runtime import (
     world,
 )
 from mlx_slim.training.callbacks import computing
-from mlx_slim.training.step import Objective
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.stop import StopRequest
 
 REFERENCE_FOLDER = "reference"

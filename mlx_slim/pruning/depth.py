@@ -24,7 +24,8 @@ from mlx_slim.progress import tracked
 from mlx_slim.pruning.importance import BlockInputs
 from mlx_slim.pruning.scores import batches_of
 from mlx_slim.runtime import to_float
-from mlx_slim.training.step import Arrays, CrossEntropy
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.objective import Arrays
 
 STREAMED = ("block-influence", "angular", "random")  # a block at a time
 METHODS = (*STREAMED[:2], "perplexity", "random")

@@ -31,7 +31,8 @@ from mlx_slim.pruning.families import families_of
 from mlx_slim.pruning.reap import reap
 from mlx_slim.pruning.scores import Scores, batches_of, name_of
 from mlx_slim.runtime import human_bytes
-from mlx_slim.training.step import Arrays, CrossEntropy
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.objective import Arrays
 
 GRADIENT = ("taylor", "taylor2", "vector")
 OF_EXPERTS = ("reap", "l2", "random")

@@ -19,7 +19,8 @@ from mlx_slim.config.reward import LossType
 from mlx_slim.data.batches import Batch
 from mlx_slim.rewards.advantages import divisors, token_weights
 from mlx_slim.rewards.losses import METRICS, PolicyLoss
-from mlx_slim.training.step import Arrays, CrossEntropy, batch_arrays
+from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays
+from mlx_slim.training.objective import Arrays
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ from mlx_slim.rewards.reward import Reward, usable
 from mlx_slim.rewards.scored_rows import ScoredRow, read_scored_rows, refuse_test_questions
 from mlx_slim.runtime import from_first_rank
 from mlx_slim.training.callbacks import Callback, computing
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.rounds import Begun
-from mlx_slim.training.step import CrossEntropy, Objective
 
 _ANY = 1 << 62  # a batch of answers is limited by its positions alone: free memory would vary
 _NOTHING = np.empty(0, np.float32)

@@ -21,8 +21,8 @@ from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
 from mlx_slim.progress import tracked
 from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows
 from mlx_slim.training.optim import set_trainable, trainable
-from mlx_slim.training.step import batch_arrays, supervised_rows
 
 
 class ReferenceModel:

@@ -22,6 +22,8 @@ def _checkpointed_class(original: type) -> type:
     class Checkpointed(original):  # type: ignore[misc, valid-type]
         """The same block; its forward pass is recomputed in the backward pass."""
 
+        recomputed = True
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             parameters = self.trainable_parameters()
 

@@ -25,7 +25,7 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.errors import SlimError
 from mlx_slim.models.dropout import drawn
 from mlx_slim.models.structure import EMBEDDINGS
-from mlx_slim.training.step import Arrays, Objective
+from mlx_slim.training.objective import Arrays, Objective
 
 _STREAM = 2310  # parts this noise from all else that is drawn from the same numbers
 

@@ -24,17 +24,15 @@ from mlx_slim import blas
 from mlx_slim.data.batches import Batch
 from mlx_slim.data.rank_rows import rows_of_rank
 from mlx_slim.data.shared import cheapest
-from mlx_slim.models import structure
 from mlx_slim.models.dropout import drawn_for
 from mlx_slim.models.prefix_attention import prefix_attention
-from mlx_slim.models.quantized import dequantize_weight
 from mlx_slim.ranks.state import state
 from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
 from mlx_slim.sharding.model import ShardedModel
-from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.blockwise import Blockwise
 from mlx_slim.training.chunks import IDLE, Chunk, in_step
-from mlx_slim.training.losses import NLL, TokenLoss, linear_loss
-from mlx_slim.training.objective import Arrays, Objective
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.ranks import random_unit, sum_gradients, sum_numbers
 from mlx_slim.training.step_result import StepResult, means
@@ -48,133 +46,6 @@ def part_count(num_threads: int, tokens: int) -> int:
     Two shards a thread, where they are worth it: then half of the batch is in memory at a time.
     """
     return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
-
-
-class CrossEntropy:
-    """Next-token cross-entropy, with head rows only where tokens are supervised.
-
-    Args:
-        model: Decides once whether it splits into body and head.
-        chunk: Positions whose logits exist at one time; None chooses.
-        vocabulary: Token ids below this may be used for the probe.
-        num_threads: Threads that compute chunks of a batch, with ``chunk`` positions in total.
-        weights_S: float32 weight of each target, by its number in the store (``Batch.sources_N``);
-            None is 1 for all.
-    """
-
-    metrics: tuple[str, ...] = ()
-    token_loss: TokenLoss = NLL()
-
-    def __init__(
-        self,
-        model: nn.Module,
-        chunk: int | None = None,
-        vocabulary: int = 8,
-        num_threads: int = 1,
-        weights_S: np.ndarray | None = None,
-    ) -> None:
-        self.split = structure.split(model, vocabulary)
-        head = self.split.head.vocabulary if self.split else vocabulary
-        self._chunk = chunk_size(head, chunk, num_threads)
-        self._weights_S = weights_S
-        self._dense_VD: mx.array | None = None
-
-    @contextlib.contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Inside, all shards of a batch use one dense copy of a quantized head (on a CPU)."""
-        module = self.split.head.module if self.split else None
-        if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)) and not on_gpu():
-            self._dense_VD = dequantize_weight(module)
-            mx.eval(self._dense_VD)
-        try:
-            yield
-        finally:
-            self._dense_VD = None
-
-    def arrays(self, batch: Batch) -> Arrays:
-        """Return ``batch_arrays`` and, where targets have weights, these."""
-        return (*batch_arrays(batch), *target_weights(batch, self._weights_S))
-
-    def weight(self, batch: Batch) -> float:
-        """Return the sum of the targets' loss weights: their number where these are 1."""
-        return batch.total_weight
-
-    def begin_step(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Do nothing: a token's loss needs no other token."""
-
-    def __call__(self, model: nn.Module, arrays: Arrays, *, gradient: bool) -> mx.array:
-        """Return Σ loss of the targets, float32, nats."""
-        tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
-        rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
-        return self.head_loss(rows, (targets_N, *rest), gradient=gradient)
-
-    def head_loss(
-        self,
-        rows: mx.array,
-        columns: tuple[mx.array, ...],
-        *,
-        gradient: bool,
-        token_loss: TokenLoss | None = None,
-    ) -> mx.array:
-        """Return Σ loss of what ``supervised_rows`` returns, float32, nats.
-
-        ``token_loss`` replaces the objective's own.
-        """
-        token_loss = token_loss or self.token_loss
-        if self.split is None:
-            return token_loss.value(rows, *columns)
-        return linear_loss(
-            rows,
-            self.split.head,
-            token_loss,
-            columns,
-            chunk=self._chunk,
-            gradient=gradient,
-            dense_VD=self._dense_VD,
-        )
-
-
-def supervised_rows(
-    model: nn.Module,
-    split: structure.Split | None,
-    tokens_BT: mx.array,
-    positions_N: mx.array,
-    segments_BT: mx.array | None,
-) -> mx.array:
-    """Return the hidden states (N, D) of a batch's supervised positions, before the head.
-
-    Of a model that does not split: its logits (N, V) there.
-    """
-    cache = None
-    if segments_BT is not None:
-        cache = structure.segment_caches(model, segments_BT)
-    rows_BTX = (split.body if split else model)(tokens_BT, cache=cache)
-    return rows_BTX.reshape(-1, rows_BTX.shape[-1])[positions_N]
-
-
-def batch_arrays(batch: Batch) -> Arrays:
-    """Return tokens_BT, positions_N, targets_N and segments_BT (or None) as mlx arrays."""
-    segments = None if batch.segments_BT is None else mx.array(batch.segments_BT)
-    return (
-        mx.array(batch.tokens_BT),
-        mx.array(batch.positions_N),
-        mx.array(batch.targets_N),
-        segments,
-    )
-
-
-def target_weights(batch: Batch, weights_S: np.ndarray | None = None) -> list[mx.array]:
-    """Return the weights of a batch's targets (N,), float32, if they are not all 1: 0 for padding.
-
-    Args:
-        batch: The batch.
-        weights_S: Weight of each target, by its number in the store; None is 1 for all.
-    """
-    weights_N = batch.weights_N
-    if weights_S is not None:
-        loss_weights_N = weights_S[batch.sources_N].astype(np.float32)
-        weights_N = loss_weights_N if weights_N is None else loss_weights_N * weights_N
-    return [] if weights_N is None else [mx.array(weights_N)]
 
 
 class Stepper:
@@ -216,6 +87,9 @@ class Stepper:
         self.random_unit = random_unit(model)
         self._compiled = compiled
         self._building = threading.Lock()
+        self._blockwise: Blockwise | None = None
+        if not compiled and sharded is None and isinstance(objective, CrossEntropy):
+            self._blockwise = Blockwise(model, objective, self._building)
 
         def loss(
             parameters: dict[str, mx.array],
@@ -302,6 +176,8 @@ class Stepper:
 
     def _evaluated(self, chunk: Chunk) -> tuple[mx.array, dict[str, mx.array]]:
         batch = chunk.batch
+        if self._blockwise is not None and self._blockwise.fits():
+            return self._blockwise.sums_of(chunk)
         with self._building:  # building writes parameters into the model of all threads
             if chunk.seed is not None:
                 mx.random.seed(chunk.seed)

@@ -15,7 +15,8 @@ from mlx_slim.data.store import TokenRows, TokenStore, TokenWriter
 from mlx_slim.data.tokenize import Tokens
 from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.validation import LossScorer, validation_loss
 from tests.support.tiny import tiny_model
 

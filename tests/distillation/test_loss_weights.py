@@ -16,8 +16,9 @@ from mlx_slim.data.batches import collate
 from mlx_slim.distillation.loss_weights import target_weights
 from mlx_slim.models.load import load
 from mlx_slim.runtime import to_float
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.optim import trainable
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step import Stepper
 from tests.support.rows import MemoryRows
 
 GROUPS = np.array([0, 1, 2, 0, 1, 2, 2])

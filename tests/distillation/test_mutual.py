@@ -17,7 +17,8 @@ from mlx_slim.distillation.mutual import ModelPair, MutualObjective, MutualValid
 from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
 from mlx_slim.runtime import to_float
-from mlx_slim.training.step import Stepper, batch_arrays
+from mlx_slim.training.cross_entropy import batch_arrays
+from mlx_slim.training.step import Stepper
 from tests.distillation.test_losses import KINDS_OF_DIVERGENCE, _plain
 from tests.support.rows import MemoryRows
 from tests.support.tiny import VOCAB, tiny_model

@@ -24,7 +24,8 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.models.prefix_attention import why_not
 from mlx_slim.runtime import to_float
-from mlx_slim.training.step import Objective, Stepper
+from mlx_slim.training.objective import Objective
+from mlx_slim.training.step import Stepper
 from tests.support.runs import Recorder, losses, recipe, run_until_killed
 from tests.support.vocabularies import student_of_words, teacher_of_words, write_conversations
 

@@ -102,7 +102,8 @@ def test_over_budget_is_refused_before_training_with_what_fits(
 
 def test_halving_batch_tokens_halves_activation_memory(tiny: TinyModels, tmp_path: Path) -> None:
     from mlx_slim.data.batches import Batcher
-    from mlx_slim.training.step import CrossEntropy, Stepper
+    from mlx_slim.training.cross_entropy import CrossEntropy
+    from mlx_slim.training.step import Stepper
     from tests.support.rows import MemoryRows
 
     model, _ = stock_load(str(tiny("llama")))

@@ -16,9 +16,10 @@ from mlx_slim.models.attention import UNBOUNDED
 from mlx_slim.planner import peak
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shapes import Block, leaves
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import Optimizer
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step import Stepper
 from tests.support.memory import reset_peak
 from tests.support.planner import build, config_of, recipe
 

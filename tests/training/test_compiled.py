@@ -20,8 +20,10 @@ from mlx_slim.distillation.mutual import ModelPair, MutualObjective
 from mlx_slim.distillation.objective import DistillationObjective
 from mlx_slim.distillation.target_cache import PlaceholderTargets, TargetLayout
 from mlx_slim.runtime import to_float
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.loop import Loop
-from mlx_slim.training.step import Arrays, CrossEntropy, Objective, Stepper
+from mlx_slim.training.objective import Arrays, Objective
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.validation import LossScorer
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load

@@ -15,8 +15,9 @@ from mlx_slim.data.batches import Batch, collate
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.runtime import to_float
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.neftune import NoisyEmbeddings, input_embedding
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.validation import LossScorer
 from tests.support.rows import MemoryRows
 from tests.support.runs import CtrlC, Recorder, losses, write_rows

@@ -21,10 +21,11 @@ from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.quantization.apply import quantize_model, rounded
 from mlx_slim.quantization.policy import make_policy
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import trainable
 from mlx_slim.training.qat import FakeQuantizer
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step import Stepper
 from tests.adapters.support import IDS, relative_error, shake
 from tests.support.rows import MemoryRows
 from tests.support.tiny import TinyModels

@@ -17,10 +17,12 @@ from mlx_slim.data.collate import padded
 from mlx_slim.data.shapes import Shape
 from mlx_slim.models import structure
 from mlx_slim.runtime import to_float
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.neftune import NoisyEmbeddings
+from mlx_slim.training.objective import Objective
 from mlx_slim.training.ranks import random_unit
-from mlx_slim.training.step import CrossEntropy, Objective, Stepper
+from mlx_slim.training.step import Stepper
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load
 from tests.support.tiny import TinyModels

@@ -18,7 +18,8 @@ from mlx_slim.data.prepare import prepare
 from mlx_slim.data.store import TokenStore
 from mlx_slim.models.load import load
 from mlx_slim.models.quantized import densify
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.cross_entropy import CrossEntropy
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.step_result import StepResult
 
 MAX_LENGTH = 512

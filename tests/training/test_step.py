@@ -12,9 +12,10 @@ import pytest
 from mlx_slim.data.batches import Batcher, collate, first_targets
 from mlx_slim.models import structure
 from mlx_slim.runtime import to_float
+from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.optim import trainable
-from mlx_slim.training.step import CrossEntropy, Stepper
+from mlx_slim.training.step import Stepper
 from mlx_slim.training.step_result import StepResult
 from tests.support.rows import MemoryRows
 from tests.support.stock import stock_load

@@ -1,0 +1,93 @@
+"""NumPy's attention and SwiGLU, with gradients, are MLX's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_slim.models import activations
+from mlx_slim.models.host_attention import (
+    Visible,
+    attention,
+    attention_gradients,
+    swiglu,
+    swiglu_gradients,
+)
+from mlx_slim.models.prefix_attention import _NODES, prefix_attention
+
+
+def _inputs(rows: int, heads: int, keys: int, length: int, width: int = 16) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [(rows, count, length, width) for count in (heads, keys, keys, heads)]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def _compare(inputs: list[np.ndarray], visible: Visible, mask: Any, nodes: Any = None) -> None:
+    q, k, v, cotangent = inputs
+
+    def stock(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+
+    with prefix_attention(nodes):
+        (expected,), gradients = mx.vjp(
+            stock, [mx.array(x) for x in (q, k, v)], [mx.array(cotangent)]
+        )
+        mx.eval(expected, gradients)
+    output, sums = attention(q, k, v, 0.3, visible)
+    ours = attention_gradients(cotangent, output, sums, q, k, v, 0.3, visible)
+    for one, other in zip((output, *ours), (expected, *gradients), strict=True):
+        np.testing.assert_allclose(
+            one, np.array(other), atol=2e-6 * max(1, np.abs(one).max()), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("length", [1, 5, 128, 300])
+def test_causal_rows(length: int) -> None:
+    _compare(_inputs(2, 6, 2, length), Visible(causal=True), "causal")
+
+
+def test_all_keys() -> None:
+    _compare(_inputs(2, 4, 4, 130), Visible(), None)
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks(rows: int, heads: int) -> None:
+    rng = np.random.default_rng(1)
+    mask = (rng.random((rows, heads, 140, 140)) < 0.5) | np.eye(140, dtype=bool)
+    inputs = _inputs(2, 6, 2, 140)
+    _compare(inputs, Visible(mask=mask), mx.array(mask.astype(np.int32)) != 0)
+    numbers = np.where(mask, rng.normal(size=mask.shape), -1e9).astype(np.float32)
+    _compare(inputs, Visible(mask=numbers), mx.array(numbers))
+
+
+def test_rows_that_share_beginnings() -> None:
+    inputs = _inputs(1, 6, 3, _NODES[-1].end)
+    _compare(inputs, Visible(nodes=_NODES), "causal", _NODES)
+
+
+def test_a_long_node_is_cut_into_tiles() -> None:
+    from mlx_slim.models.prefix_attention import _Node as node
+
+    nodes = [
+        node(0, 200, 0, ()),
+        node(200, 350, 200, ((0, 200),)),
+        node(350, 352, 200, ((0, 200),)),
+    ]
+    _compare(_inputs(1, 4, 2, 352), Visible(nodes=nodes), "causal", nodes)
+
+
+def test_swiglu() -> None:
+    rng = np.random.default_rng(0)
+    gate, up, cotangent = (rng.normal(size=(3, 70_000)).astype(np.float32) for _ in range(3))
+    gate *= 30
+    result, sigmoids = swiglu(gate, up)
+    ours = swiglu_gradients(cotangent, gate, up, sigmoids)
+    (expected,), gradients = mx.vjp(
+        activations.swiglu, [mx.array(gate), mx.array(up)], [mx.array(cotangent)]
+    )
+    for one, other in zip((result, *ours), (expected, *gradients), strict=True):
+        np.testing.assert_allclose(one, np.array(other), atol=1e-5, rtol=1e-5)
