@@ -106,8 +106,24 @@ class ULDObjective(CrossEntropy):
         """Return Σ loss, Σ CE (nats) and Σ distance, float32 (3,)."""
         tokens_BT, positions_N, targets_N, segments_BT, *rest = arrays
         rows = supervised_rows(model, self.split, tokens_BT, positions_N, segments_BT)
-        teachers = _unpacked(rest, len(self._teachers))
-        weights = rest[_ARRAYS * len(teachers) :]
+        columns, through_scale = self._columns(rows, rest, gradient=gradient)
+        sums = self.head_loss(rows, (targets_N, *columns), gradient=gradient, token_loss=self.uld)
+        return sums + mx.stack([through_scale, mx.array(0.0), mx.array(0.0)])
+
+    def rows_gradient(self, rows_ND: mx.array, arrays: Arrays) -> tuple[mx.array, mx.array] | None:
+        """As that of ``CrossEntropy``, whose loss it is at λ = 0; else None."""
+        if self.uld.weight > 0 or self.split is None:
+            return None
+        _, _, targets_N, _, *rest = arrays
+        columns, _ = self._columns(rows_ND, rest, gradient=False)
+        return self.rows_loss_gradient(rows_ND, (targets_N, *columns), self.uld)
+
+    def _columns(
+        self, rows: mx.array, arrays: Sequence[mx.array], *, gradient: bool
+    ) -> tuple[list[mx.array], mx.array]:
+        """Return the columns of ``ULDLoss``, and 0 whose gradient is that through log c."""
+        teachers = _unpacked(arrays, len(self._teachers))
+        weights = arrays[_ARRAYS * len(teachers) :]
         columns: list[mx.array] = []
         through_scale = mx.zeros((), dtype=mx.float32)
         for m, targets in enumerate(teachers):
@@ -121,10 +137,7 @@ class ULDObjective(CrossEntropy):
                     )
                     through_scale = through_scale + self._through_scale(rows, targets, gradient_M)
             columns += merged
-        sums = self.head_loss(
-            rows, (targets_N, *columns, *weights), gradient=gradient, token_loss=self.uld
-        )
-        return sums + mx.stack([through_scale, mx.array(0.0), mx.array(0.0)])
+        return [*columns, *weights], through_scale
 
     def _each(
         self,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_slim.models.host_exponentials import BLOCK
-from mlx_slim.models.prefix_attention import PathNode
+from mlx_slim.models.prefix_attention import PathNode, merged_spans
 
 _TILE = 128  # queries whose scores exist at one time
 _LEAST = np.float32(np.finfo(np.float32).min)
@@ -58,7 +58,7 @@ class Visible:
             for node in self.nodes:
                 for begin in range(node.begin, node.end, _TILE):
                     end = min(begin + _TILE, node.end)
-                    spans = _merged((*node.path, (node.begin, end)))
+                    spans = merged_spans((*node.path, (node.begin, end)))
                     yield _Tile(0, begin, end, spans, end - begin)
             return
         for row in range(rows):
@@ -66,16 +66,6 @@ class Visible:
                 end = min(begin + _TILE, queries)
                 seen = keys - queries + end if self.causal else keys
                 yield _Tile(row, begin, end, ((0, seen),), end - begin if self.causal else 0)
-
-
-def _merged(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    merged = [spans[0]]
-    for begin, end in spans[1:]:
-        if merged[-1][1] == begin:
-            merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((begin, end))
-    return tuple(merged)
 
 
 def _gathered(x_BKSD: np.ndarray, tile: _Tile, head: int) -> np.ndarray:

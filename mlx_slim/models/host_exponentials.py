@@ -4,7 +4,8 @@ MLX takes 10 to 19 ns for an exponential on x86, NumPy 1: of softmax, SwiGLU and
 third of a forward pass. Inside ``host_exponentials`` these three evaluate what they are given and
 answer with new arrays; everything else stays a graph. Invariant: the values of MLX's own operations
 to float32 rounding, and those of a row do not depend on the rows beside it; other dtypes, attention
-sinks, and a GPU are MLX's. Not for training: what is evaluated inside a gradient stays in memory.
+sinks, and a GPU are MLX's. Not inside a gradient, where what is evaluated stays in memory: training
+computes blocks (``training/blockwise.py``) and losses (``in_losses``) outside of one.
 Try it: ``mlx-slim bench eval MODEL``.
 
 Legend: B rows, H heads, K heads of keys, G = H / K, T queries, S keys, D width of a head.
@@ -13,6 +14,7 @@ Legend: B rows, H heads, K heads of keys, G = H / K, T queries, S keys, D width 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from mlx_slim.runtime import on_gpu
 
 BLOCK = 1 << 15  # numbers at a time: what a core's cache holds besides their inputs
 _users = 0  # contexts that are open, in all threads
+_losses = threading.local()
 
 
 @contextlib.contextmanager
@@ -47,6 +50,36 @@ def host_exponentials() -> Iterator[None]:
 def in_use(*arrays: mx.array) -> bool:
     """Return whether the exponentials of ``arrays`` are NumPy's here."""
     return _users > 0 and all(array.dtype == mx.float32 for array in arrays)
+
+
+@contextlib.contextmanager
+def in_losses() -> Iterator[None]:
+    """Let losses that this thread computes inside, not in a gradient, take NumPy's."""
+    _losses.inside = True
+    try:
+        yield
+    finally:
+        _losses.inside = False
+
+
+def in_losses_here(logits: mx.array) -> bool:
+    """Return whether a loss of ``logits`` takes NumPy's here."""
+    return getattr(_losses, "inside", False) and logits.dtype == mx.float32
+
+
+def exponentials(logits_NV: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return exp(logits − peak) of each row (N, V), their sums and the peaks (N, 1), float32."""
+    mx.eval(logits_NV)
+    logits = np.asarray(logits_NV)
+    exps = np.empty(logits.shape, np.float32)
+    totals, peaks = (np.empty((len(logits), 1), np.float32) for _ in range(2))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so
+        for row, out, total, peak in zip(logits, exps, totals, peaks, strict=True):
+            peak[0] = row.max()
+            np.subtract(row, peak[0], out=out)
+            np.exp(out, out=out)
+            total[0] = out.sum()
+    return mx.array(exps), mx.array(totals), mx.array(peaks)
 
 
 def _numbers(x: mx.array) -> np.ndarray:

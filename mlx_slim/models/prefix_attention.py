@@ -108,14 +108,19 @@ def _check(x: mx.array, length: int) -> None:
         raise ValueError(f"positions are not on the axis before the last one: {x.shape}")
 
 
-def _joined(x_BHPD: mx.array, spans: Sequence[tuple[int, int]]) -> mx.array:
-    merged = [list(spans[0])]
+def merged_spans(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return ``spans`` with those that meet as one."""
+    merged = [spans[0]]
     for begin, end in spans[1:]:
         if merged[-1][1] == begin:
-            merged[-1][1] = end
+            merged[-1] = (merged[-1][0], end)
         else:
-            merged.append([begin, end])
-    pieces = [x_BHPD[..., begin:end, :] for begin, end in merged]
+            merged.append((begin, end))
+    return tuple(merged)
+
+
+def _joined(x_BHPD: mx.array, spans: Sequence[tuple[int, int]]) -> mx.array:
+    pieces = [x_BHPD[..., begin:end, :] for begin, end in merged_spans(spans)]
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-2)
 
 

@@ -95,10 +95,10 @@ def _numbers(block: Block, factors: dict[str, float], scores: int) -> float:
 
 def in_pieces(shapes: TrainingShapes, recipe: Recipe, size: int, *, gpu: bool) -> bool:
     """Return whether blocks are computed in pieces; see ``training/blockwise.py``."""
-    mutual = recipe.distill is not None and recipe.distill.method == "mutual"
-    fused = recipe.train.grad_checkpoint or recipe.train.compile is True
-    one_graph = gpu or size != 4 or mutual or fused or not shapes.splits
-    return not one_graph and all(block.in_pieces for block in shapes.blocks)
+    train, distill = recipe.train, recipe.distill
+    others = (distill is not None and distill.method == "mutual") or train.neftune_alpha > 0
+    one_graph = train.grad_checkpoint or train.compile is True or others or not shapes.splits
+    return not (gpu or size != 4 or one_graph) and all(block.in_pieces for block in shapes.blocks)
 
 
 def _stored(block: Block, recipe: Recipe, scores: int, gpu: bool) -> float:

@@ -90,11 +90,18 @@ class CrossEntropy:
         if type(self).__call__ is not CrossEntropy.__call__ or self.split is None:
             return None
         _, _, targets_N, _, *rest = arrays
+        return self.rows_loss_gradient(rows_ND, (targets_N, *rest), self.token_loss)
+
+    def rows_loss_gradient(
+        self, rows_ND: mx.array, columns: tuple[mx.array, ...], token_loss: TokenLoss
+    ) -> tuple[mx.array, mx.array] | None:
+        """Return ``host_loss.rows_gradient`` of this head."""
+        assert self.split is not None
         return host_loss.rows_gradient(
             rows_ND,
             self.split.head,
-            self.token_loss,
-            (targets_N, *rest),
+            token_loss,
+            columns,
             chunk=self._chunk,
             dense_VD=self._dense_VD,
         )

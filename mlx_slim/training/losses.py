@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_slim.models import host_exponentials
 from mlx_slim.models.activations import exp
 from mlx_slim.models.logits import row_sums, token_nll
 from mlx_slim.models.quantized import (
@@ -170,9 +171,12 @@ class NLL:
 def nll_and_gradient(logits_CV: mx.array, targets_C: mx.array) -> tuple[mx.array, LogitsGradient]:
     """Return −log softmax(logits)[target] of each row (C,), and the gradient of the rows' sum."""
     target_C1 = mx.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
-    peak_C1 = logits_CV.max(axis=-1, keepdims=True)
-    exp_CV = exp(logits_CV - peak_C1)
-    total_C1 = row_sums(exp_CV)
+    if host_exponentials.in_losses_here(logits_CV):
+        exp_CV, total_C1, peak_C1 = host_exponentials.exponentials(logits_CV)
+    else:
+        peak_C1 = logits_CV.max(axis=-1, keepdims=True)
+        exp_CV = exp(logits_CV - peak_C1)
+        total_C1 = row_sums(exp_CV)
     nll_C1 = mx.log(total_C1) + peak_C1 - target_C1
     return nll_C1[:, 0], LogitsGradient(exp_CV, total_C1, targets_C=targets_C)
 
