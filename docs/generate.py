@@ -46,6 +46,7 @@ PAPERS = {
     "2003.10555": "Learning rates by depth (ELECTRA)",
     "2005.14165": "Overlap of training rows and test questions (GPT-3)",
     "2106.09685": "LoRA",
+    "2205.14135": "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
     "2210.17323": "GPTQ",
     "2303.10512": "AdaLoRA",
     "2304.10255": "PED-ANOVA: importance of hyperparameters",

@@ -82,9 +82,3 @@ def test_distill_of_a_recipe_without_teachers(
 ) -> None:
     text = fails("distill", small, "preference.beta=0.1", "-o", tmp_path / "run")
     assert "has no teachers" in text
-
-
-def test_validate_compares_pairs_only(fails: Callable[..., str], small: Path, rows: Path) -> None:
-    write(rows, labelled(4))
-    text = fails("train", small, "preference.loss=kto", "data.validation=2", "--validate")
-    assert "kto" in text
