@@ -22,6 +22,8 @@ from mlx_slim.models.prefix_attention import PathNode, merged_spans
 
 _TILE = 128  # queries whose scores exist at one time
 _LEAST = np.float32(np.finfo(np.float32).min)
+# What is not finite comes out so, and training says it of the loss; NumPy need not warn.
+_SILENT = np.errstate(invalid="ignore", over="ignore")
 
 
 class _Tile(NamedTuple):
@@ -103,6 +105,7 @@ def _scores(
     return scores
 
 
+@_SILENT
 def attention(
     q_BHTD: np.ndarray, k_BKSD: np.ndarray, v_BKSD: np.ndarray, scale: float, visible: Visible
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -127,6 +130,7 @@ def attention(
     return output, sums_BHT
 
 
+@_SILENT
 def attention_gradients(
     cotangent: np.ndarray,
     output: np.ndarray,
@@ -164,22 +168,23 @@ def attention_gradients(
     return by_q, by_k, by_v
 
 
+@_SILENT
 def swiglu(gate: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return gate · sigmoid(gate) · up, and sigmoid(gate); arrays of one shape, contiguous."""
     result, sigmoids = np.empty_like(gate), np.empty_like(gate)
     flat = [x.reshape(-1) for x in (gate, up, result, sigmoids)]
-    with np.errstate(over="ignore"):  # e^-x of x below -88: a sigmoid of 0
-        for begin in range(0, gate.size, BLOCK):
-            gates, ups, out, sigmoid = (x[begin : begin + BLOCK] for x in flat)
-            np.negative(gates, out=sigmoid)
-            np.exp(sigmoid, out=sigmoid)
-            sigmoid += 1.0
-            np.reciprocal(sigmoid, out=sigmoid)
-            np.multiply(gates, sigmoid, out=out)
-            out *= ups
+    for begin in range(0, gate.size, BLOCK):
+        gates, ups, out, sigmoid = (x[begin : begin + BLOCK] for x in flat)
+        np.negative(gates, out=sigmoid)
+        np.exp(sigmoid, out=sigmoid)  # infinity for x below -88: a sigmoid of 0
+        sigmoid += 1.0
+        np.reciprocal(sigmoid, out=sigmoid)
+        np.multiply(gates, sigmoid, out=out)
+        out *= ups
     return result, sigmoids
 
 
+@_SILENT
 def swiglu_gradients(
     cotangent: np.ndarray, gate: np.ndarray, up: np.ndarray, sigmoids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -91,3 +91,16 @@ def test_swiglu() -> None:
     )
     for one, other in zip((result, *ours), (expected, *gradients), strict=True):
         np.testing.assert_allclose(one, np.array(other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_comes_out_so_without_a_warning(value: float) -> None:
+    q, k, v, cotangent = _inputs(1, 2, 1, 4)
+    q[0, 0, 2] = value
+    output, sums = attention(q, k, v, 0.3, Visible(causal=True))
+    assert not np.isfinite(output[0, 0, 2]).all() and np.isfinite(output[0, 1]).all()
+    by_q, _, _ = attention_gradients(cotangent, output, sums, q, k, v, 0.3, Visible(causal=True))
+    assert not np.isfinite(by_q[0, 0, 2]).all()
+    result, sigmoids = swiglu(np.full(3, -value, np.float32), np.ones(3, np.float32))
+    swiglu_gradients(np.ones(3, np.float32), result, result, sigmoids)
