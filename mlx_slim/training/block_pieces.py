@@ -102,6 +102,19 @@ class Keys:
     mlp: list[mx.array] = field(default_factory=list)
 
 
+def _until(
+    piece: Callable[[mx.array, Callable[..., mx.array]], mx.array],
+    hidden_BTD: mx.array,
+    reached: Callable[..., mx.array],
+) -> tuple[mx.array, ...]:
+    """Return what ``reached``, called in ``piece``, raises."""
+    try:
+        piece(hidden_BTD, reached)
+    except Reached as end:
+        return end.args
+    raise AssertionError("a block without attention or SwiGLU")
+
+
 class BlockPieces:
     """The four pieces of a pre-norm block, each a lazy graph."""
 
@@ -124,11 +137,8 @@ class BlockPieces:
             self.scale, self.mask = scale, mask
             raise Reached(*qkv)
 
-        try:
-            self._attention(x_BTD, reached)
-        except Reached as end:
-            return end.args
-        raise AssertionError("no attention in a block")
+        queries, keys, values = _until(self._attention, x_BTD, reached)
+        return queries, keys, values
 
     def attended(self, x_BTD: mx.array, attended_BHTD: mx.array) -> mx.array:
         """Return what the layer behind attention makes of it (B, T, D)."""
@@ -141,14 +151,11 @@ class BlockPieces:
     def gates(self, h_BTD: mx.array) -> tuple[mx.array, mx.array]:
         """Return what the activation gets: gate and up, of one shape."""
 
-        def reached(gate: mx.array, up: mx.array) -> mx.array:
-            raise Reached(gate, up)
+        def reached(*gates: mx.array) -> mx.array:
+            raise Reached(*gates)
 
-        try:
-            self._mlp(h_BTD, reached)
-        except Reached as end:
-            return end.args
-        raise AssertionError("no SwiGLU in a block")
+        gate, up = _until(self._mlp, h_BTD, reached)
+        return gate, up
 
     def fed(self, h_BTD: mx.array, active: mx.array) -> mx.array:
         """Return what the layer behind the activation makes of it (B, T, D)."""

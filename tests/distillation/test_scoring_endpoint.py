@@ -254,35 +254,29 @@ def test_a_hostile_reply_is_one_line(teacher: Path, how: str, line: str) -> None
     assert "saved" in caught.value.hint
 
 
-def test_an_echo_of_other_tokens_is_refused(teacher: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "token", "value", "message"),
+    [
+        ("tokens", 1, "token_id:3", "token 1 is 'token_id:3'"),
+        ("top_logprobs", 2, None, "no log-probabilities of token 2"),
+    ],
+    ids=["other tokens", "a token without log-probabilities"],
+)
+def test_an_echo_with_a_fault_is_refused(
+    teacher: Path, field: str, token: int, value: str | None, message: str
+) -> None:
     server = ScoringServer(teacher, ("echo",))
 
     def script(number: int, body: dict[str, Any]) -> Any:
-        status, value, headers = server(number, body)
+        status, answer, headers = server(number, body)
         if number > 1 and "echo" in body:
-            value["choices"][0]["logprobs"]["tokens"][1] = "token_id:3"
-        return status, value, headers
+            answer["choices"][0]["logprobs"][field][token] = value
+        return status, answer, headers
 
     with serving(script) as served:
         far = endpoint(served.base_url, teacher)
         far.check()
-        with pytest.raises(SlimError, match="token 1 is 'token_id:3'"):
-            far.targets(collate(ROWS, [[3]], isolate=False), target_layout(ROWS, K, VOCAB))
-
-
-def test_an_echo_without_the_log_probabilities_of_a_token_is_refused(teacher: Path) -> None:
-    server = ScoringServer(teacher, ("echo",))
-
-    def script(number: int, body: dict[str, Any]) -> Any:
-        status, value, headers = server(number, body)
-        if number > 1 and "echo" in body:
-            value["choices"][0]["logprobs"]["top_logprobs"][2] = None
-        return status, value, headers
-
-    with serving(script) as served:
-        far = endpoint(served.base_url, teacher)
-        far.check()
-        with pytest.raises(SlimError, match="no log-probabilities of token 2"):
+        with pytest.raises(SlimError, match=message):
             far.targets(collate(ROWS, [[3]], isolate=False), target_layout(ROWS, K, VOCAB))
 
 
