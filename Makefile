@@ -13,6 +13,8 @@ PARITY ?= .venv-parity
 TORCH_INDEX ?=
 METHODS ?= qlora
 MATRIX ?= matrix-tiny
+# Slow tests (tests/slow.txt) to run: none, all, or one part of several, as 3/8.
+SLOW ?= none
 # Test processes side by side, each with one BLAS thread.
 JOBS ?= 2
 # Tests start hundreds of processes: a machine that forbids bytecode compiles transformers in each.
@@ -41,7 +43,8 @@ help:
 	@echo "make RECIPE              fine-tune into runs/RECIPE; go on with it if it was stopped"
 	@echo "     MODEL=... ARGS=\"train.steps=100 data.path=rows.jsonl\" change it"
 	@for recipe in $(RECIPES); do echo "     $$recipe"; done
-	@echo "make test                set up and run the tests"
+	@echo "make test                set up and run the tests, but for slow ones: ten minutes"
+	@echo "     SLOW=all            slow ones too: three quarters of an hour; SLOW=3/8: one part of eight"
 	@echo "make kills               end every command at each of its file operations and events, and go on: an hour"
 	@echo "     ARGS=\"--only eval\"  one command; --points 24 --seed 1: so many moments of all"
 	@echo "make parity              logits, adapters, scores against PyTorch, llama.cpp: $(PARITY)"
@@ -66,7 +69,7 @@ $(RECIPES): $(VENV)/.base
 		$(if $(MODEL),"model=$(MODEL)" revision=null) $(ARGS)
 
 test: $(VENV)/.dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --slow $(SLOW) $(ARGS)
 
 KILLS := $(if $(TMPDIR),$(TMPDIR),/tmp)/mlx-slim-kills
 kills: $(VENV)/.dev

@@ -11,8 +11,28 @@ from pathlib import Path
 import pytest
 
 import mlx_slim  # noqa: F401  # first: it puts the fast BLAS under MLX, as every command does
+from tests.support import slow
 from tests.support.gpu import gpu_path
 from tests.support.tiny import TinyModels, tiny_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow", default="none", help="slow tests to run: none, all, or part K of N as K/N"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow.split(config, items)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if names := slow.left_out(config):
+        terminalreporter.line(
+            f"left out: {len(names)} slow tests of tests/slow.txt; make test SLOW=all runs all"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

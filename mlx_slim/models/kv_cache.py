@@ -117,7 +117,7 @@ def cache_widths(model: nn.Module) -> tuple[list[tuple[int, int | None]], int]:
             width = sum(x.shape[1] * x.shape[-1] for x in (keys, cache.values))
             window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
             growing.append((width, window))
-    return growing, fixed
+    return growing[::-1], fixed
 
 
 def cache_format(model: nn.Module, bits: int, name: str = "the model") -> KVFormat:

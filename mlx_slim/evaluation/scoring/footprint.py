@@ -1,7 +1,7 @@
 """Bytes of the key-value caches of answers, from shapes: how many fit, and what one needs.
 
-Invariant: nothing is loaded and mlx-lm is not imported, so that plans are quick; caches grow by the
-steps of mlx-lm's, which a test compares. Try it:
+Invariant: nothing is loaded, and for the models of the shipped recipes mlx-lm is not imported, so
+that their plans are quick; caches grow by the steps of mlx-lm's, which a test compares. Try it:
 ``mlx-slim eval MODEL --task gsm8k --limit 16 -o DIR``.
 """
 
@@ -14,6 +14,9 @@ from mlx_slim.reading import ModelConfig
 
 STEP = 256  # positions by which a cache grows
 _GROWING = 1.5  # while a cache grows, a layer's old and new keys are both in memory
+# Model types whose caches are whole keys and values of every layer, unless such a key is there.
+_PLAIN = {"llama", "mistral", "phi", "qwen2"}
+_NOT_PLAIN = {"head_dim", "layer_types"}
 _LOGIT_BYTES = 16  # logits, their logarithms, the step before: float32 each
 
 
@@ -66,17 +69,31 @@ class Footprint:
 def planned_footprint(config: ModelConfig, itemsize: int) -> Footprint:
     """Return what the caches of a model will hold, from its ``config.json``.
 
+    Latent attention, windows and recurrent state are what its class makes of them; plain attention
+    is counted from the keys, as that needs no mlx-lm, and so is a class that the model brings.
+
     Args:
-        config: Of the model; windows are ignored, so this is an upper bound.
+        config: Of the model.
         itemsize: Bytes of an element of the compute dtype.
+
+    Raises:
+        SlimError: If mlx-lm does not know the model type, or the config does not fit it.
     """
     text = {**config, **(config.get("text_config") or {})}
 
     def first(*keys: str, default: int = 0) -> int:
         return next((int(text[key]) for key in keys if text.get(key)), default)
 
-    width, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head", default=1)
-    pairs = 2 * first("num_key_value_heads", "n_kv_heads", default=heads)
-    size = pairs * first("head_dim", default=width // heads) * itemsize
-    blocks = first("num_hidden_layers", "n_layer", "n_layers")
-    return Footprint(((size, None),) * blocks, 0, first("vocab_size"))
+    vocabulary = first("vocab_size")
+    plain = config.get("model_type") in _PLAIN and not _NOT_PLAIN & config.keys()
+    if plain or config.get("model_file"):
+        width, heads = first("hidden_size"), first("num_attention_heads", default=1)
+        pairs = 2 * first("num_key_value_heads", default=heads)
+        size = pairs * first("head_dim", default=width // heads) * itemsize
+        return Footprint(((size, None),) * first("num_hidden_layers"), 0, vocabulary)
+    from mlx_slim.models.build import build
+    from mlx_slim.models.kv_cache import cache_widths
+
+    widths, fixed = cache_widths(build(config))
+    layers = tuple((width * itemsize, window) for width, window in widths)
+    return Footprint(layers, fixed * itemsize, vocabulary)

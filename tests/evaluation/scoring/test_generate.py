@@ -18,7 +18,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
     joins,
     supports_shared_prefix,
 )
-from mlx_slim.evaluation.scoring.footprint import STEP, planned_footprint
+from mlx_slim.evaluation.scoring.footprint import STEP
 from mlx_slim.evaluation.scoring.generate import GenerationCounts, generate_batch
 from mlx_slim.models.kv_cache import cache_format, quantize_cache
 from mlx_slim.models.load import load
@@ -254,9 +254,6 @@ def test_windows_are_copied_and_bounded(tmp_path: Path) -> None:
     memory = footprint(model)
     assert BatchKVCache.step == STEP
     assert {window for _, window in memory.layers} == {64, None}
-    assert memory.cache_bytes(1000) < planned_footprint({"hidden_size": 64, "head_dim": 16,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}, 4,
-    ).cache_bytes(1000)  # fmt: skip
 
 
 def test_mlx_lm_attends_as_before_afterwards(tiny: Callable[..., Path]) -> None:
