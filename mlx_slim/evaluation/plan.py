@@ -36,6 +36,7 @@ from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Selection, expand
 from mlx_slim.evaluation.tasks.training_rows import question_keys
 from mlx_slim.models.build import build
+from mlx_slim.models.half_weights import half_numbers
 from mlx_slim.models.kv_cache import cache_format
 from mlx_slim.models.lineage import trained_keys
 from mlx_slim.models.load import load_tokenizer, model_hash, read_config, resolve
@@ -286,14 +287,15 @@ def _target(
     folder = resolve(source, options.revision, trust_remote_code=trust)
     dtype = runtime.resolve_dtype(options.dtype)
     tensors = folder_tensors(folder)
-    quantized = "quantization" in config
     sizes = {
-        name: tensor.nbytes if quantized else math.prod(tensor.shape) * dtype.size
+        name: tensor.nbytes if "quantization" in config else math.prod(tensor.shape) * dtype.size
         for name, tensor in tensors.items()
     }
     fits = sum(sizes.values()) <= memory * runtime.AUTO_FRACTION
     split = chosen_split(options.parallel, config, fits=fits, questions=True)
     needed = sum(sizes.values()) if split is None else rank_bytes(sizes)
+    half = split is None and not options.adapter and half_numbers(config, tensors.values(), dtype)
+    needed -= 2 * half
     takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
     _check_memory(needed, takes, "quantize it first, or choose a smaller dtype", memory)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
@@ -307,14 +309,15 @@ def _target(
             f"{source} reads {longest} tokens at most, max_length is {options.max_length}",
             "choose a smaller one",
         )
-    longest = options.max_length or longest
-    limit = row_limit(config)
+    longest, limit = options.max_length or longest, row_limit(config)
     notes: list[str] = []
     jobs: list[ScoringJob] = [
         _task_job(one_task, options, tokenizer, longest, limit, notes) for one_task in tasks
     ]
     if texts is not None:
         jobs.append(TextJob(texts, RequestEncoder(tokenizer, longest, limit=limit)))
+    if any(isinstance(job, TaskJob) and job.generates for job in jobs):
+        needed, half = needed + 2 * half, False  # a pass over a token would spend its time casting
     positions = max(job.positions for job in jobs)
     least = planned_footprint(config, dtype.size).least(positions)
     takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
@@ -349,6 +352,7 @@ def _target(
         stack=stack,
         split=split,
         dtype=dtype,
+        half_blocks=bool(half),
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
         notes=notes,

@@ -46,6 +46,7 @@ class Target:
         stack: Those adapters.
         split: How the ranks divide the model; None gives each all of it, and its own questions.
         dtype: To compute in.
+        half_blocks: Whether weights stay in 16 bits (``models/half_weights.py``).
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
         notes: Notices about the prompts.
@@ -63,6 +64,7 @@ class Target:
     stack: list[Weighted]
     split: Split | None
     dtype: mx.Dtype
+    half_blocks: bool
     trust_remote_code: bool
     batch_tokens: int | None
     notes: list[str]
@@ -192,6 +194,7 @@ def _opened(target: Target) -> tuple[Loaded, bool]:
             revision=target.revision,
             dtype=target.dtype,
             trust_remote_code=target.trust_remote_code,
+            half_blocks=target.half_blocks,
         )
     )
     dense = first(densify_pays(loaded.model) if dense is None else dense)

@@ -114,6 +114,7 @@ def load(
     trust_remote_code: bool = False,
     transform: Transform | None = None,
     lazy: bool = False,
+    half_blocks: bool = False,
 ) -> Loaded:
     """Load an MLX or Hugging Face folder, or a hub id.
 
@@ -125,6 +126,9 @@ def load(
         trust_remote_code: Run Python files that the repository brings.
         transform: Changes the model before its weights are read, and returns its config.
         lazy: Leave the weights unread; whoever reads them looks for NaN.
+        half_blocks: On a CPU, matrices of the blocks that are stored in 16 bits stay so, and are
+            cast for each product: half of the memory, the same values. For scoring: what reads
+            the weights of a layer itself, as adapters do, wants them cast.
 
     Raises:
         SlimError: If the source is absent, incomplete or corrupt, its type unknown, or its tensors
@@ -133,7 +137,7 @@ def load(
     folder = resolve(source, revision, trust_remote_code=trust_remote_code)
     with stage(f"loading {public_name(source)}"):
         model, config, notes = open_corrected(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code
+            folder, dtype=dtype, half_blocks=half_blocks, trust_remote_code=trust_remote_code
         )
         with library_errors(f"{short(folder)}: its weights cannot be read"):
             if transform is not None:

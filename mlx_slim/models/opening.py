@@ -22,6 +22,7 @@ from mlx_slim.models.config_checks import CONFIG, check_config, read_configs
 from mlx_slim.models.finite import check_finite
 from mlx_slim.models.gated_delta import use_fast_gated_delta
 from mlx_slim.models.gemma import correct_gemma
+from mlx_slim.models.half_weights import HalfLinear, keep_half
 from mlx_slim.models.normalize import Normalized, normalize_config
 from mlx_slim.models.tensors import Tensor, few, folder_tensors, same_bytes
 from mlx_slim.progress import tracked
@@ -29,10 +30,21 @@ from mlx_slim.reading import ModelConfig, library_errors, short
 
 
 def open_corrected(
-    folder: Path, *, dtype: mx.Dtype | None = None, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    half_blocks: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, ModelConfig, list[str]]:
-    """Return what ``open_weights`` does, its classes computing what the author meant."""
-    model, config, notes = open_weights(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    """Return what ``open_weights`` does, its classes computing what the author meant.
+
+    With ``half_blocks`` the matrices of the blocks stay in 16 bits where they are stored so.
+    """
+    model, config, notes = open_weights(folder, trust_remote_code=trust_remote_code)
+    if half_blocks:
+        keep_half(model)
+    if dtype is not None:
+        cast(model, dtype)
     with library_errors(f"{short(folder)}: its weights cannot be read"):
         correct_gemma(model, config)
         use_fast_gated_delta(model)
@@ -95,12 +107,15 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating parameters of ``model`` in place, but those its class keeps in float32.
 
     Nothing is evaluated (``read_weights`` does it). Integer codes stay; the float32 tensor scale of
-    nvfp4 layers stays.
+    nvfp4 layers stays, and so do the weights that ``keep_half`` named.
     """
     predicate = getattr(model, "cast_predicate", None) or (lambda path: True)
+    half = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, HalfLinear)}
 
     def one(path: str, value: Any) -> Any:
         if not mx.issubdtype(value.dtype, mx.floating) or path.endswith("global_scale"):
+            return value
+        if path in half:
             return value
         return value.astype(dtype) if predicate(path) else value
 

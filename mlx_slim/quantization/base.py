@@ -135,6 +135,7 @@ def load_base(
     trust_remote_code: bool = False,
     transform: Transform | None = None,
     lazy: bool = False,
+    half_blocks: bool = False,
 ) -> Loaded:
     """Load ``source`` as the base of ``adapters``, which are not put on it.
 
@@ -149,6 +150,7 @@ def load_base(
         trust_remote_code: Run Python files that the repository brings.
         transform: As ``load`` takes it, where ``source`` itself is loaded.
         lazy: Likewise.
+        half_blocks: Likewise.
 
     Raises:
         SlimError: As ``load``; if the adapters name different bases.
@@ -162,6 +164,7 @@ def load_base(
             trust_remote_code=trust_remote_code,
             transform=transform,
             lazy=lazy,
+            half_blocks=half_blocks,
         )
     if isinstance(computed, Path):
         loaded = load(computed, dtype=dtype)

@@ -49,7 +49,7 @@ def left_out(config: pytest.Config) -> set[str]:
     if any("::" in word for word in config.args):
         return set()
     names = set(functions())
-    return names - choose(names, config.getoption("--slow"))
+    return names - choose(names, str(config.getoption("--slow")))
 
 
 def split(config: pytest.Config, items: list[pytest.Item]) -> None:

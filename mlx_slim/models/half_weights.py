@@ -1,0 +1,73 @@
+"""Linear layers whose weights stay in 16 bits while a CPU computes in float32.
+
+A CPU computes in float32 whatever a model is stored in. A pass over hundreds of positions costs far
+more than to widen the weights for it, so scoring keeps the matrices of the blocks as they are
+stored, and widens one at a time, for one product. Invariant: the product is that of the widened
+weight, bit for bit, and the parameter tree and the base class stay those of ``nn.Linear``. Nothing
+changes on a GPU, which computes in what is stored. Try it:
+``mlx-slim eval MODEL --task hellaswag --limit 100 -o DIR``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import cast as is_a
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_slim.models.build import build
+from mlx_slim.models.tensors import Tensor
+from mlx_slim.reading import ModelConfig
+from mlx_slim.runtime import on_gpu
+
+_HALF = (mx.bfloat16, mx.float16)
+
+
+class HalfLinear(nn.Linear):
+    """``nn.Linear`` with a weight of 16 bits, for inputs in float32."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x Wᵀ + bias; x is (..., I)."""
+        # Widened once x is known: the scheduler is free to widen the weights of all layers at once.
+        (weight_OI,) = mx.depends([self["weight"]], [x])
+        transposed_IO = weight_OI.astype(x.dtype).T
+        if "bias" in self:
+            return mx.addmm(self["bias"], x, transposed_IO)
+        return is_a(mx.array, x @ transposed_IO)
+
+
+def keep_half(model: nn.Module) -> None:
+    """Let the linear layers of the blocks keep weights of 16 bits, in place; nothing on a GPU.
+
+    Args:
+        model: Its weights in what they are stored in, read or not.
+    """
+    if not on_gpu():
+        for module in _layers(model):
+            if module["weight"].dtype in _HALF:
+                module.__class__ = HalfLinear
+
+
+def half_numbers(config: ModelConfig, tensors: Iterable[Tensor], dtype: mx.Dtype) -> int:
+    """Return how many weights ``keep_half`` would leave in 16 bits; 0 where it is not worth asking.
+
+    Args:
+        config: Of the model.
+        tensors: Of its files.
+        dtype: To compute in.
+
+    Raises:
+        SlimError: If mlx-lm does not know the model type, or the config does not fit it.
+    """
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    all_half = all(tensor.dtype in ("BF16", "F16") for tensor in matrices)
+    if on_gpu() or dtype != mx.float32 or not all_half or config.get("model_file"):
+        return 0
+    return sum(module["weight"].size for module in _layers(build(config)))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Linear]:
+    layers = getattr(model, "layers", None)
+    for block in layers if isinstance(layers, list) else ():
+        yield from (module for module in block.modules() if type(module) is nn.Linear)
