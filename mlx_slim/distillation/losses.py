@@ -34,7 +34,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_slim.models.activations import exp
-from mlx_slim.models.logits import logsumexp, row_sums
+from mlx_slim.models.logits import largest, logsumexp, row_sums
 from mlx_slim.training.losses import NLL, LogitsGradient, weighted_sum
 
 Divergence = Literal["forward", "reverse", "symmetric", "jsd"]
@@ -63,7 +63,7 @@ def top(logits_CV: mx.array, k: int, temperature: float) -> tuple[mx.array, mx.a
     scaled_CV = logits_CV.astype(mx.float32) / temperature
     width = scaled_CV.shape[-1]
     if k < width:
-        ids_CK = mx.argpartition(-scaled_CV, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
+        ids_CK = largest(scaled_CV, k)
     else:
         ids_CK = mx.broadcast_to(mx.arange(width, dtype=mx.int32), scaled_CV.shape)
     total_C1 = logsumexp(scaled_CV)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_slim.models.activations import exp
-from mlx_slim.models.logits import logsumexp, row_sums
+from mlx_slim.models.logits import largest, logsumexp, row_sums
 from mlx_slim.training.losses import NLL, LogitsGradient, weighted_sum
 
 SMALLEST = 1e-8  # probability of a token that merged tokens and logarithms are taken of, as in TRL
@@ -57,7 +57,7 @@ def _largest(probs_CV: mx.array, k: int) -> tuple[mx.array, mx.array]:
     k = min(k, probs_CV.shape[-1])
     fixed_CV = mx.stop_gradient(probs_CV)
     if k < probs_CV.shape[-1]:
-        ids_CK = mx.argpartition(-fixed_CV, kth=k - 1, axis=-1)[:, :k]
+        ids_CK = largest(fixed_CV, k)
         order_CK = mx.argsort(-mx.take_along_axis(fixed_CV, ids_CK, axis=-1), axis=-1)
         ids_CK = mx.take_along_axis(ids_CK, order_CK, axis=-1)
     else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-from mlx_slim.models.logits import kl_divergence, logsumexp, token_nll
+from mlx_slim.models.logits import kl_divergence, largest, logsumexp, token_nll
 
 
 def test_logsumexp_of_a_wide_peaked_row_keeps_its_small_terms() -> None:
@@ -43,3 +44,24 @@ def test_kl_divergence_of_wide_rows_is_exact() -> None:
     ours = np.array(kl_divergence(mx.array(p), mx.array(q)))
     assert np.abs(ours / exact - 1).max() < 1e-5
     assert np.abs(np.array(kl_divergence(mx.array(p), mx.array(p)))).max() < 1e-6
+
+
+@pytest.mark.parametrize("width", [5, 64, 264, 1000, 49152, 50257])
+@pytest.mark.parametrize("k", [1, 5, 64, 1000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few are finite", "ascending"])
+def test_the_largest_are_those_of_a_sorted_row(kind: str, k: int, width: int) -> None:
+    if k > width:
+        pytest.skip("more than there are")
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, width)).astype(np.float32)
+    if kind == "ties":
+        values = np.round(values)
+    elif kind == "few are finite":
+        values[:, 3:] = -np.inf
+    elif kind == "ascending":
+        values = np.sort(values, axis=-1)
+    places = np.array(largest(mx.array(values), k))
+    assert places.shape == (3, k) and places.min() >= 0 and places.max() < width
+    assert all(len(set(row)) == k for row in places.tolist())
+    found = np.sort(np.take_along_axis(values, places, axis=-1), axis=-1)
+    np.testing.assert_array_equal(found, np.sort(values, axis=-1)[:, -k:])
