@@ -20,7 +20,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,8 +128,25 @@ def single_threaded() -> Iterator[None]:
 
     MLX's and NumPy's: their wheels bring one each.
     """
+    with _one_thread(((ctypes.CDLL(None), "openblas_{}"), *_numpy_openblas())):
+        yield
+
+
+@contextlib.contextmanager
+def numpy_single_threaded() -> Iterator[None]:
+    """Let NumPy's OpenBLAS alone use one thread inside, where its small products follow MLX's.
+
+    Threads of MLX's spin for a while after a product: NumPy's would wait for their cores, and a
+    product of microseconds take milliseconds.
+    """
+    with _one_thread(_numpy_openblas()):
+        yield
+
+
+@contextlib.contextmanager
+def _one_thread(libraries: Iterable[tuple[ctypes.CDLL, str]]) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
-        for library, form in ((ctypes.CDLL(None), "openblas_{}"), *_numpy_openblas()):
+        for library, form in libraries:
             with contextlib.suppress(AttributeError):  # no OpenBLAS, or other names
                 before = getattr(library, form.format("get_num_threads"))()
                 set_threads = getattr(library, form.format("set_num_threads"))

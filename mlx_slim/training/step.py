@@ -177,7 +177,8 @@ class Stepper:
     def _evaluated(self, chunk: Chunk) -> tuple[mx.array, dict[str, mx.array]]:
         batch = chunk.batch
         if self._blockwise is not None and self._blockwise.fits():
-            return self._blockwise.sums_of(chunk)
+            with blas.numpy_single_threaded():
+                return self._blockwise.sums_of(chunk)
         with self._building:  # building writes parameters into the model of all threads
             if chunk.seed is not None:
                 mx.random.seed(chunk.seed)
