@@ -17,7 +17,7 @@ from tests.test_architecture import PACKAGE, syntax_of
 # Functions of mx.linalg that run on a GPU. ``norm`` takes singular values for some orders.
 LINALG_ON_GPU = {"norm", "cross"}
 # Calls that are for a CPU only: threads that share BLAS, kernels that lack a GPU's counterpart.
-TRICKS = {"single_threaded", "numpy_single_threaded", "run_in_threads", "disable_compile", "_codes"}
+TRICKS = {"single_threaded", "run_in_threads", "disable_compile", "_codes"}
 # Calls that convert a whole model if they are given float32, which only a CPU computes fastest.
 WIDENING = {"cast", "load", "load_base", "open_weights"}
 # Functions that give layers a forward pass which is the faster one on a CPU only.

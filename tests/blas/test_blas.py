@@ -256,3 +256,25 @@ def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original:
     assert 1 <= int(cores) <= len(os.sched_getaffinity(0))
     threads["OPENBLAS_NUM_THREADS"] = "1"
     assert python("-c", code, **threads).stdout.split()[0] == "1"
+
+
+def test_who_computes_beside_it_leaves_it_one_thread(original: Path) -> None:
+    code = """
+import ctypes
+from mlx_slim import blas
+import numpy as np
+libraries = [(ctypes.CDLL(None), "openblas_{}"), *blas._numpy_openblas()]
+def threads(): return [getattr(one, form.format("get_num_threads"))() for one, form in libraries]
+print(*threads())
+with blas.single_threaded(): print(*threads())
+with blas.numpy_single_threaded(): print(*threads())
+print(*threads())
+"""
+    options = {**dict.fromkeys(blas._THREADS, ""), "OPENBLAS_NUM_THREADS": "2"}
+    lines = python("-c", code, **options).stdout.splitlines()
+    numbers = [[int(number) for number in line.split()] for line in lines]
+    if len(numbers[0]) < 2:
+        pytest.skip("this NumPy brings no OpenBLAS")
+    before, all_single, numpy_single, after = numbers
+    assert before == after and set(all_single) == {1}
+    assert numpy_single == [before[0], 1]

@@ -44,6 +44,7 @@ def gpu_path() -> Iterator[None]:
         # The code, not the name: many modules have imported the function by its name.
         patch.setattr(runtime.on_gpu, "__code__", (lambda: True).__code__)
         patch.setattr(blas, "single_threaded", _refuse)
+        patch.setattr(blas, "numpy_single_threaded", _refuse)
         patch.setattr(mx, "disable_compile", _refuse)
         patch.setattr(dequantize, "_codes", _refuse)
         patch.setattr(mx, "quantized_matmul", _quantized_matmul)
