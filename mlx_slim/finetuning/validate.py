@@ -19,7 +19,7 @@ from mlx_slim.data.store import TokenStore
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.build import Tuned, prepare_data
 from mlx_slim.models.load import Loaded, load
-from mlx_slim.runtime import resolve_dtype
+from mlx_slim.runtime import default_num_threads, resolve_dtype
 from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.validation import LossScorer, validation_loss
 
@@ -69,5 +69,6 @@ def validate(recipe: Recipe) -> Validated:
         objective = CrossEntropy(
             loaded.model, config.loss_chunk, loaded.config.get("vocab_size", 8)
         )
-        loss, _, supervised = validation_loss(LossScorer(loaded.model, objective), batcher)
+        scorer = LossScorer(loaded.model, objective, num_threads=default_num_threads())
+        loss, _, supervised = validation_loss(scorer, batcher)
         return Validated(recipe.model, loss, supervised, len(rows))

@@ -112,7 +112,7 @@ class Loop:
             sharded=self.sharded,
         )
         measured = self.validation_objective or self.objective
-        settings = {"captured": captured, "sharded": self.sharded}
+        settings = {"captured": captured, "sharded": self.sharded, "num_threads": self.num_threads}
         self.scorer = LossScorer(self.model, measured, compiled=self.compiled, **settings)
         self.total, self.epochs = total_steps(self.config, self.batcher)
         self.extend(self.extended)

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_slim.data.batches import Batch, Batcher
+from mlx_slim import blas
+from mlx_slim.data.batches import Batch, Batcher, Plan
 from mlx_slim.models.host_exponentials import host_exponentials
-from mlx_slim.progress import tracked
-from mlx_slim.runtime import world
+from mlx_slim.progress import stage
+from mlx_slim.runtime import on_gpu, run_in_threads, world
 from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import set_trainable, trainable
@@ -31,6 +32,7 @@ class LossScorer:
     Args:
         model: In evaluation mode while it is called.
         objective: Summed loss of a batch.
+        num_threads: Threads that compute batches side by side on a CPU.
         compiled, captured, sharded: As ``Stepper``.
     """
 
@@ -39,6 +41,7 @@ class LossScorer:
         model: nn.Module,
         objective: Objective,
         *,
+        num_threads: int = 1,
         compiled: bool = False,
         captured: Sequence[dict] = (),
         sharded: ShardedModel | None = None,
@@ -46,6 +49,8 @@ class LossScorer:
         self.sharded = sharded
         self.model = model
         self.objective = objective
+        # Collectives of two threads would mix.
+        self._num_threads = 1 if compiled or sharded is not None else num_threads
 
         def sums(parameters: dict[str, mx.array], *arrays: Any) -> mx.array:
             set_trainable(model, parameters)
@@ -73,6 +78,27 @@ class LossScorer:
         set_trainable(self.model, parameters)
         return sums
 
+    def each(self, batcher: Batcher, plan: Plan) -> list[tuple[np.ndarray, Batch]]:
+        """Return the sums of each micro-batch of ``plan``, and the batch, in order."""
+        threads = 1 if on_gpu() else self._num_threads
+        with stage("validating", len(plan), "micro-batches") as reading:
+
+            def one(groups: Sequence[Sequence[int]]) -> tuple[np.ndarray, Batch]:
+                batch = batcher.batch(groups)
+                if threads == 1:
+                    sums = np.array(self(batch))
+                else:  # the model stays as it is: all threads read it
+                    arrays = self.objective.arrays(batch)
+                    sums = np.array(self.objective(self.model, arrays, gradient=False))
+                reading.advance()
+                return sums, batch
+
+            if threads == 1:
+                return [one(groups) for groups in plan]
+            mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
+            with host_exponentials(), blas.single_threaded():
+                return run_in_threads(one, [(groups,) for groups in plan], threads)
+
 
 def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[str, float], int]:
     """Return Σ loss / Σ supervised tokens of all rows (nats), the metrics, the supervised tokens.
@@ -84,16 +110,14 @@ def validation_loss(scorer: LossScorer, batcher: Batcher) -> tuple[float, dict[s
     model.eval()
     # Summed in Python: thousands of batches would lose digits in float32.
     sums, supervised, weight = np.zeros(1 + len(objective.metrics)), 0, 0.0
-    computed = 0
     plan, group = batcher.plan(0), world()
     objective.begin_step(model, map(batcher.batch, plan))
-    for groups in tracked(plan[group.rank() :: group.size()], "validating", "micro-batches"):
-        batch = batcher.batch(groups)
-        computed += 1
-        sums += np.array(scorer(batch))
+    mine = plan[group.rank() :: group.size()]
+    for one, batch in scorer.each(batcher, mine):
+        sums += one
         supervised += batch.supervised_tokens
         weight += objective.weight(batch)
-    if scorer.sharded is not None and computed < -(-len(plan) // group.size()):
+    if scorer.sharded is not None and len(mine) < -(-len(plan) // group.size()):
         scorer(batcher.batch(plan[0]))  # the other ranks need this one's slices
     model.train()
     if group.size() > 1:

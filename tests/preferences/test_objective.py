@@ -125,9 +125,14 @@ def test_validation_is_the_same_mean(model: Any, loss: str) -> None:
     objective, rows, unit = _objective(loss, model)
     step = _step(objective, model, rows, unit, 4096)
     batcher = Batcher(rows, 160, 64, "grouped", 0, unit=unit)
-    value, metrics, _ = validation_loss(LossScorer(model, objective), batcher)
+    value, metrics, supervised = validation_loss(LossScorer(model, objective), batcher)
     assert value == pytest.approx(step.loss, rel=1e-5)
     assert metrics == pytest.approx(step.metrics, rel=1e-4, abs=1e-5)
+    # Each micro-batch is computed whole, whoever computes it.
+    side_by_side = validation_loss(LossScorer(model, objective, num_threads=3), batcher)
+    assert len(batcher.plan(0)) >= 3
+    assert side_by_side[0] == pytest.approx(value, rel=1e-6) and side_by_side[2] == supervised
+    assert side_by_side[1] == pytest.approx(metrics, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("unit", [1, 2])
