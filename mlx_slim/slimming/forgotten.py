@@ -14,11 +14,14 @@ from mlx_slim.artifacts import read_records, write_text
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.results import STATE_FILE
 from mlx_slim.evaluation.run import evaluate
+from mlx_slim.evaluation.scoring.requests import max_length
 from mlx_slim.events import Observer
+from mlx_slim.models.load import load_tokenizer, read_config
 from mlx_slim.reading import read_object
 
 TEXT = "wikitext"
 _MOST = 100_000  # characters
+_WINDOW = 2048  # tokens: attention over a model's whole length would take most of the time
 
 
 def general_text(data_dir: Path | None) -> Path | None:
@@ -49,7 +52,9 @@ def bits_per_byte(
                 break
         write_text(excerpt, "".join(rows))
     if not (folder / "results.json").exists():
-        options = EvalOptions(perplexity=excerpt, revision=revision)
+        longest = max_length(read_config(model, revision), load_tokenizer(model, revision=revision))
+        window = min(_WINDOW, longest)
+        options = EvalOptions(perplexity=excerpt, revision=revision, max_length=window)
         resume = (folder / STATE_FILE).exists()
         evaluate([model], [], folder, options, resume=resume, observer=observer)
     section = read_object(folder / "results.json", perplexity=dict)["perplexity"]
