@@ -64,8 +64,9 @@ class ReferenceCache:
                     f"{short(self._file)} is not as this run wrote it",
                     "remove it: its rows are scored again, by the same model",
                 )
-            self._values = np.empty(len(self.rows), np.float32)
-            self._values[order] = np.fromfile(self._file, np.float32)
+            values = np.empty(len(self.rows), np.float32)
+            values[order] = np.fromfile(self._file, np.float32)
+            self._values = values  # filled: another thread may ask at the same time
         return self._values[numbers_R]
 
     def _edited(self) -> bool:

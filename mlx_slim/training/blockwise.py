@@ -75,7 +75,8 @@ class Blockwise:
         batch = chunk.batch
         if chunk.seed is not None:
             mx.random.seed(chunk.seed)  # of this thread
-        arrays = self._objective.arrays(batch)
+        with self._building:  # objectives read their files at the first batch
+            arrays = self._objective.arrays(batch)
         rows = batch.drawn and (mx.array(batch.drawn.rows_B), batch.drawn.batch, batch.drawn.width)
 
         @contextlib.contextmanager

@@ -151,7 +151,9 @@ class Stepper:
 
     def _compute(self, chunks: list[Chunk]) -> tuple[mx.array, dict[str, mx.array]]:
         if len(chunks) == 1 and chunks[0].seed is None:
-            return self._sums_of(chunks[0])
+            # Here alone: while another thread computes, OpenBLAS's number must not be set.
+            with contextlib.nullcontext() if on_gpu() else blas.numpy_single_threaded():
+                return self._sums_of(chunks[0])
         threads = 1 if on_gpu() else self.num_threads
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)
@@ -177,8 +179,7 @@ class Stepper:
     def _evaluated(self, chunk: Chunk) -> tuple[mx.array, dict[str, mx.array]]:
         batch = chunk.batch
         if self._blockwise is not None and self._blockwise.fits():
-            with blas.numpy_single_threaded():
-                return self._blockwise.sums_of(chunk)
+            return self._blockwise.sums_of(chunk)
         with self._building:  # building writes parameters into the model of all threads
             if chunk.seed is not None:
                 mx.random.seed(chunk.seed)

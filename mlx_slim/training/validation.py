@@ -7,6 +7,7 @@ are comparable. Try it: ``mlx-slim train smollm2-lora model=runs/other/model --v
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class LossScorer:
         self.sharded = sharded
         self.model = model
         self.objective = objective
+        self._reading = threading.Lock()  # objectives read their files at the first batch
         # Collectives of two threads would mix.
         self._num_threads = 1 if compiled or sharded is not None else num_threads
 
@@ -88,7 +90,8 @@ class LossScorer:
                 if threads == 1:
                     sums = np.array(self(batch))
                 else:  # the model stays as it is: all threads read it
-                    arrays = self.objective.arrays(batch)
+                    with self._reading:
+                        arrays = self.objective.arrays(batch)
                     sums = np.array(self.objective(self.model, arrays, gradient=False))
                 reading.advance()
                 return sums, batch

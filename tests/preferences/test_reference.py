@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def test_it_is_zero_until_it_is_complete_and_kept_then(tmp_path: Path) -> None:
     assert again.complete
     assert np.array_equal(again(np.arange(11)), values)
     assert not _cache(tmp_path / "reference", "others").complete
+
+
+def test_two_threads_may_ask_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(_cache(tmp_path / "reference"), Scorer())
+    expected = _cache(tmp_path / "reference")(np.arange(11))
+    reading, go_on, read = threading.Event(), threading.Event(), np.fromfile
+
+    def slow(*words: Any) -> np.ndarray:
+        if not reading.is_set():
+            reading.set()
+            assert go_on.wait(10)
+        return read(*words)
+
+    monkeypatch.setattr(np, "fromfile", slow)
+    monkeypatch.setattr(np, "empty", lambda size, dtype: np.full(size, np.nan, dtype))
+    cache = _cache(tmp_path / "reference")
+    first = threading.Thread(target=cache, args=(np.arange(11),))
+    first.start()
+    assert reading.wait(10)
+    values = cache(np.arange(11))  # the other thread is in the middle of its file
+    go_on.set()
+    first.join()
+    assert np.array_equal(values, expected)
 
 
 def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
