@@ -101,8 +101,7 @@ def ours(work: EvalWork) -> JsonObject:
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, shots = read_questions(work)
-    half = bool(questions[0].choices)
-    loaded = load(work.model, dtype=resolve_dtype(work.dtype), half_blocks=half)
+    loaded = load(work.model, dtype=resolve_dtype(work.dtype))
     engine = Engine(loaded.model, loaded.tokenizer, LoglikelihoodScorer(loaded.model))
     longest, limit = max_length(loaded.config, loaded.tokenizer), row_limit(loaded.config)
     encoder = RequestEncoder(loaded.tokenizer, longest, limit=limit)

@@ -294,7 +294,7 @@ def _target(
     fits = sum(sizes.values()) <= memory * runtime.AUTO_FRACTION
     split = chosen_split(options.parallel, config, fits=fits, questions=True)
     needed = sum(sizes.values()) if split is None else rank_bytes(sizes)
-    half = split is None and not options.adapter and half_numbers(config, tensors.values(), dtype)
+    half = not (fits or split or options.adapter) and half_numbers(config, tensors.values(), dtype)
     needed -= 2 * half
     takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
     _check_memory(needed, takes, "quantize it first, or choose a smaller dtype", memory)
@@ -317,7 +317,7 @@ def _target(
     if texts is not None:
         jobs.append(TextJob(texts, RequestEncoder(tokenizer, longest, limit=limit)))
     if any(isinstance(job, TaskJob) and job.generates for job in jobs):
-        needed, half = needed + 2 * half, False  # a pass over a token would spend its time casting
+        needed, half = needed + 2 * half, False  # a pass of one token would only cast
     positions = max(job.positions for job in jobs)
     least = planned_footprint(config, dtype.size).least(positions)
     takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
