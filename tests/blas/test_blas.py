@@ -270,8 +270,9 @@ with blas.single_threaded(): print(*threads())
 with blas.numpy_single_threaded(): print(*threads())
 print(*threads())
 """
-    options = {**dict.fromkeys(blas._THREADS, ""), "OPENBLAS_NUM_THREADS": "2"}
-    lines = python("-c", code, **options).stdout.splitlines()
+    threads = dict.fromkeys(blas._THREADS, "")
+    threads["OPENBLAS_NUM_THREADS"] = "2"
+    lines = python("-c", code, **threads).stdout.splitlines()
     numbers = [[int(number) for number in line.split()] for line in lines]
     if len(numbers[0]) < 2:
         pytest.skip("this NumPy brings no OpenBLAS")
