@@ -3,7 +3,7 @@
 A CPU computes in float32 whatever a model is stored in. Where all of it does not fit, scoring keeps
 the matrices of the blocks as they are stored, and widens one at a time, for one product: a fifth to
 a third slower, where a pass has hundreds of positions. Invariant: the product is that of the
-widened weight, bit for bit, and the parameter tree and the base class stay those of ``nn.Linear``.
+widened weight, bit for bit, and the parameters and the base class stay those of ``nn.Linear``.
 Nothing changes on a GPU, which computes in what is stored. Try it:
 ``python -m pytest tests/models/test_half_weights.py``.
 """

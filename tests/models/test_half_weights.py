@@ -37,9 +37,9 @@ def test_scores_are_those_of_widened_weights(
     folder = tiny_model(tmp_path / "m", architecture, dtype=dtype)
     wide = load(folder, dtype=mx.float32)
     half = load(folder, dtype=mx.float32, half_blocks=True)
-    kept = sum(module["weight"].size for module in half_layers(half.model))
-    assert kept > 0 and nbytes(half) == nbytes(wide) - 2 * kept
-    assert kept == half_numbers(half.config, folder_tensors(folder).values(), mx.float32)
+    half_count = sum(module["weight"].size for module in half_layers(half.model))
+    assert half_count > 0 and nbytes(half) == nbytes(wide) - 2 * half_count
+    assert half_count == half_numbers(half.config, folder_tensors(folder).values(), mx.float32)
     scores = [LoglikelihoodScorer(one.model).score(REQUESTS) for one in (wide, half)]
     assert scores[0] == scores[1]
 

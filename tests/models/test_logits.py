@@ -63,5 +63,5 @@ def test_the_largest_are_those_of_a_sorted_row(kind: str, k: int, width: int) ->
     places = np.array(largest(mx.array(values), k))
     assert places.shape == (3, k) and places.min() >= 0 and places.max() < width
     assert all(len(set(row)) == k for row in places.tolist())
-    found = np.sort(np.take_along_axis(values, places, axis=-1), axis=-1)
-    np.testing.assert_array_equal(found, np.sort(values, axis=-1)[:, -k:])
+    chosen = np.sort(np.take_along_axis(values, places, axis=-1), axis=-1)
+    np.testing.assert_array_equal(chosen, np.sort(values, axis=-1)[:, -k:])

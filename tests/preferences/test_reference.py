@@ -52,12 +52,12 @@ def test_it_is_zero_until_it_is_complete_and_kept_then(tmp_path: Path) -> None:
 def test_two_threads_may_ask_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(_cache(tmp_path / "reference"), Scorer())
     expected = _cache(tmp_path / "reference")(np.arange(11))
-    reading, go_on, read = threading.Event(), threading.Event(), np.fromfile
+    reading, released, read = threading.Event(), threading.Event(), np.fromfile
 
     def slow(*words: Any) -> np.ndarray:
         if not reading.is_set():
             reading.set()
-            assert go_on.wait(10)
+            assert released.wait(10)
         return read(*words)
 
     monkeypatch.setattr(np, "fromfile", slow)
@@ -67,7 +67,7 @@ def test_two_threads_may_ask_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first.start()
     assert reading.wait(10)
     values = cache(np.arange(11))  # the other thread is in the middle of its file
-    go_on.set()
+    released.set()
     first.join()
     assert np.array_equal(values, expected)
 

@@ -23,22 +23,22 @@ def functions() -> list[str]:
     return LIST.read_text(encoding="utf-8").split()
 
 
-def choose(names: Iterable[str], wanted: str) -> set[str]:
+def choose(names: Iterable[str], selection: str) -> set[str]:
     """Return the slow functions that a run takes.
 
     Args:
         names: All slow functions.
-        wanted: ``none``, ``all``, or ``K/N``: part K of N (from 1), by a checksum of the name.
+        selection: ``none``, ``all``, or ``K/N``: part K of N (from 1), by a checksum of the name.
 
     Raises:
-        pytest.UsageError: If ``wanted`` is something else.
+        pytest.UsageError: If ``selection`` is something else.
     """
-    if wanted in ("none", "all"):
-        return set(names) if wanted == "all" else set()
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", wanted)
+    if selection in ("none", "all"):
+        return set(names) if selection == "all" else set()
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", selection)
     if match is None or int(match[1]) > int(match[2]):
         raise pytest.UsageError(
-            f"slow tests: {wanted!r}, expected none, all, or K/N with K from 1 to N"
+            f"slow tests: {selection!r}, expected none, all, or K/N with K from 1 to N"
         )
     part, count = int(match[1]), int(match[2])
     return {name for name in names if zlib.crc32(name.encode()) % count == part - 1}
