@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +89,15 @@ def run_in_threads(function: Callable, work: Sequence[tuple], threads: int) -> l
     barrier = threading.Barrier(threads)
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(lambda: (barrier.wait(), drain())[1]) for _ in range(threads)]
-        results = {index: value for part in futures for index, value in part.result().items()}
+        try:
+            results = {
+                i: value for part in as_completed(futures) for i, value in part.result().items()
+            }
+        except BaseException:  # Ctrl-C, or one that failed: the others end with what they compute
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
+            raise
     return [results[index] for index in range(len(work))]
 
 

@@ -11,7 +11,6 @@ Nothing changes on a GPU, which computes in what is stored. Try it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import cast as is_a
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,12 +28,12 @@ class HalfLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x Wᵀ + bias; x is (..., I)."""
-        # Widened once x is known: the scheduler is free to widen the weights of all layers at once.
+        # Widened once x is computed: else the scheduler may widen all layers' weights at once.
         (weight_OI,) = mx.depends([self["weight"]], [x])
         transposed_IO = weight_OI.astype(x.dtype).T
         if "bias" in self:
             return mx.addmm(self["bias"], x, transposed_IO)
-        return is_a(mx.array, x @ transposed_IO)
+        return x @ transposed_IO
 
 
 def keep_half(model: nn.Module) -> None:
