@@ -96,13 +96,17 @@ def ours(work: EvalWork) -> JsonObject:
     from mlx_slim.evaluation.jobs import Engine, TaskJob
     from mlx_slim.evaluation.scoring.loglikelihood import LoglikelihoodScorer
     from mlx_slim.evaluation.scoring.requests import RequestEncoder, max_length
+    from mlx_slim.models.half_weights import widen
     from mlx_slim.models.load import load
     from mlx_slim.models.row_limits import row_limit
     from mlx_slim.runtime import resolve_dtype
 
     task, questions, shots = read_questions(work)
-    loaded = load(work.model, dtype=resolve_dtype(work.dtype))
+    choices = bool(questions[0].choices)
+    loaded = load(work.model, dtype=resolve_dtype(work.dtype), half_blocks=choices)
     engine = Engine(loaded.model, loaded.tokenizer, LoglikelihoodScorer(loaded.model))
+    if choices and not engine.scorer.lists:
+        widen(loaded.model)
     longest, limit = max_length(loaded.config, loaded.tokenizer), row_limit(loaded.config)
     encoder = RequestEncoder(loaded.tokenizer, longest, limit=limit)
     job = TaskJob(task, "", shots, work.limit, questions, encoder)
@@ -112,7 +116,7 @@ def ours(work: EvalWork) -> JsonObject:
     computed = [job.compute(chunk, engine) for chunk in job.chunks]
     seconds = time.perf_counter() - begin
     records = [record for chunk in computed for record in chunk.records]
-    key = "loglikelihoods" if questions[0].choices else "generation"
+    key = "loglikelihoods" if choices else "generation"
     roots = {chunk.group: chunk.root for chunk in computed}  # computed once for each group
     tokens = sum(chunk.tokens_computed for chunk in computed) + sum(roots.values())
     minimum = sum(chunk.tokens_minimum for chunk in computed) + sum(roots.values())

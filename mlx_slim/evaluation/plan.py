@@ -294,7 +294,7 @@ def _target(
     fits = sum(sizes.values()) <= memory * runtime.AUTO_FRACTION
     split = chosen_split(options.parallel, config, fits=fits, questions=True)
     needed = sum(sizes.values()) if split is None else rank_bytes(sizes)
-    half = not (fits or split or options.adapter) and half_numbers(config, tensors.values(), dtype)
+    half = not (split or options.adapter) and half_numbers(config, tensors.values(), dtype)
     needed -= 2 * half
     takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
     _check_memory(needed, takes, "quantize it first, or choose a smaller dtype", memory)
@@ -311,9 +311,8 @@ def _target(
         )
     longest, limit = options.max_length or longest, row_limit(config)
     notes: list[str] = []
-    jobs: list[ScoringJob] = [
-        _task_job(one_task, options, tokenizer, longest, limit, notes) for one_task in tasks
-    ]
+    jobs: list[ScoringJob]
+    jobs = [_task_job(one, options, tokenizer, longest, limit, notes) for one in tasks]
     if texts is not None:
         jobs.append(TextJob(texts, RequestEncoder(tokenizer, longest, limit=limit)))
     if any(isinstance(job, TaskJob) and job.generates for job in jobs):
@@ -353,6 +352,7 @@ def _target(
         split=split,
         dtype=dtype,
         half_blocks=bool(half),
+        may_widen=fits,
         trust_remote_code=trust,
         batch_tokens=options.batch_tokens,
         notes=notes,

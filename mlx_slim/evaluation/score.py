@@ -24,6 +24,7 @@ from mlx_slim.evaluation.results import RESULTS, Entry, Folder, read_results, sa
 from mlx_slim.evaluation.rounds import rounds
 from mlx_slim.evaluation.scoring.loglikelihood import MEMORY, LoglikelihoodScorer
 from mlx_slim.evaluation.tasks.metrics import Record
+from mlx_slim.models.half_weights import widen
 from mlx_slim.models.kv_cache import cache_format
 from mlx_slim.models.load import Loaded
 from mlx_slim.models.parallel import Split
@@ -47,6 +48,7 @@ class Target:
         split: How the ranks divide the model; None gives each all of it, and its own questions.
         dtype: To compute in.
         half_blocks: Whether weights stay in 16 bits (``models/half_weights.py``).
+        may_widen: Whether they fit in float32 too, for models that are slow so.
         trust_remote_code: Run Python files that the repository brings.
         batch_tokens: Tokens of a batch, or None.
         notes: Notices about the prompts.
@@ -65,6 +67,7 @@ class Target:
     split: Split | None
     dtype: mx.Dtype
     half_blocks: bool
+    may_widen: bool
     trust_remote_code: bool
     batch_tokens: int | None
     notes: list[str]
@@ -146,20 +149,20 @@ def _load(target: Target, observer: events.Observer) -> Engine:
 
     observer.notify(events.Notice(f"loading {target.source}"))
     loaded, dense = _opened(target)
+    bits = target.state.kv_bits
+    kv_format = None if bits is None else cache_format(loaded.model, bits, target.source)
+    scorer = LoglikelihoodScorer(
+        loaded.model, batch_tokens=target.batch_tokens, kv_format=kv_format
+    )
+    if target.half_blocks and target.may_widen and not scorer.lists:
+        widen(loaded.model)
     cache_bytes = target.state.cache_bytes
     if cache_bytes is None:
         left = min(gather(max(1, target.memory - mx.get_active_memory())))
         cache_bytes = 1 << (left.bit_length() - 1)  # usually the same power of two in every run
     cache_bytes = first(cache_bytes)
     target.state = replace(target.state, dense=dense, cache_bytes=cache_bytes)
-    bits = target.state.kv_bits
-    kv_format = None if bits is None else cache_format(loaded.model, bits, target.source)
-    scorer = LoglikelihoodScorer(
-        loaded.model,
-        batch_tokens=target.batch_tokens,
-        memory=min(MEMORY, cache_bytes // 2),
-        kv_format=kv_format,
-    )
+    scorer.memory = min(MEMORY, cache_bytes // 2)
     notes = [*target.notes, *loaded.notes, *scorer.notes]
     generates = any(isinstance(job, TaskJob) and job.generates for job in target.jobs)
     if generates and not joins(loaded.model):

@@ -13,7 +13,7 @@ part. Legend: B rows (1), H heads, P positions, D width of a head.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -143,12 +143,19 @@ _NODES = (
 _ROWS = ((0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 7, 8, 9), (0, 1, 2, 3, 4, 7, 8, 10))
 
 
-def why_not(model: nn.Module, longest: int) -> str:
+def why_not(
+    model: nn.Module,
+    longest: int,
+    computed: Callable[
+        [Sequence[PathNode]], contextlib.AbstractContextManager[None]
+    ] = prefix_attention,
+) -> str:
     """Return why rows of ``model`` cannot share their beginnings; empty where they can.
 
     Args:
-        model: What is trained.
+        model: What is trained, or scored.
         longest: Positions of the longest row.
+        computed: Lets a model called inside compute a list of nodes.
     """
     layers = attention_of(model)
     if layers is None or any(not layer.heads for layer in layers):
@@ -160,7 +167,7 @@ def why_not(model: nn.Module, longest: int) -> str:
     if boundary_of(model) is not None:
         return "its RoPE depends on the length of a sequence"
     try:
-        with prefix_attention(_NODES):
+        with computed(_NODES):
             listed = model(mx.array([_PROBE]))[0]  # type: ignore[operator]
         for row in _ROWS:
             alone = model(mx.array([[_PROBE[place] for place in row]]))[0]  # type: ignore[operator]

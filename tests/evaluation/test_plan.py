@@ -15,8 +15,9 @@ from mlx_slim.errors import ResourceError
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.plan import result_folders
 from mlx_slim.evaluation.run import evaluate
+from mlx_slim.evaluation.scoring import loglikelihood
 from mlx_slim.models import opening
-from mlx_slim.models.half_weights import keep_half
+from mlx_slim.models.half_weights import HalfLinear, keep_half
 from tests.support.evals import write_tasks
 from tests.support.tiny import tiny_model
 
@@ -46,7 +47,7 @@ def test_too_little_memory_or_disk_is_refused_before_the_start(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_fits_in_16_bits_alone_is_scored_so(
+def test_choices_are_scored_in_16_bits_where_that_is_fast_or_nothing_else_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
@@ -54,12 +55,23 @@ def test_what_fits_in_16_bits_alone_is_scored_so(
     choices, generated = (str(task) for task in write_tasks(tmp_path)[:2])
     cast: list[nn.Module] = []
     monkeypatch.setattr(opening, "keep_half", lambda model: (cast.append(model), keep_half(model)))
-    evaluate(model, choices, tmp_path / "wide", EvalOptions(limit=4))
-    assert not cast
+
+    def stays_half(name: str, task: str = choices) -> bool:
+        cast.clear()
+        evaluate(model, task, tmp_path / name, EvalOptions(limit=4))
+        return any(isinstance(one, HalfLinear) for each in cast for one in each.modules())
+
+    assert not stays_half("generated", generated) and not cast
+    assert stays_half("lists")
+    with monkeypatch.context() as rows:
+        rows.setattr(loglikelihood, "longest_row", lambda _: 0)
+        assert not stays_half("rows") and cast  # and widened again
     monkeypatch.setattr("mlx_slim.runtime.device_memory", lambda: 28_000_000)
-    evaluate(model, choices, tmp_path / "half", EvalOptions(limit=4))
-    assert len(cast) == 1 and "HalfLinear" in {type(one).__name__ for one in cast[0].modules()}
-    answers = [next((tmp_path / name).glob("samples_*")).read_text() for name in ("wide", "half")]
-    assert answers[0] == answers[1]
+    assert stays_half("little")
+    monkeypatch.setattr(loglikelihood, "longest_row", lambda _: 0)
+    assert stays_half("little-rows")
+    names = ("lists", "little", "rows", "little-rows")
+    answers = [next((tmp_path / name).glob("samples_*")).read_text() for name in names]
+    assert answers[0] == answers[1] and answers[2] == answers[3]
     with pytest.raises(ResourceError, match="the device has"):
-        evaluate(model, generated, tmp_path / "generated", EvalOptions(limit=4))
+        evaluate(model, generated, tmp_path / "too-large", EvalOptions(limit=4))

@@ -66,13 +66,14 @@ def _greedy_request(model: Any, context: tuple[int, ...], length: int) -> Reques
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-mha", "llama-tied", "phi", "mistral"])
 @pytest.mark.parametrize("batch_tokens", [24, 512])
+@pytest.mark.parametrize("lists", [True, False])
 def test_equals_the_plain_scorer(
-    tiny: Callable[..., Path], architecture: str, batch_tokens: int
+    tiny: Callable[..., Path], architecture: str, batch_tokens: int, lists: bool
 ) -> None:
     model = load(tiny(architecture)).model
     requests = [*_questions(), _greedy_request(model, (7, 8, 9), 5)]
-    scorer = LoglikelihoodScorer(model, batch_tokens=batch_tokens)
-    assert scorer.notes == []
+    scorer = LoglikelihoodScorer(model, batch_tokens=batch_tokens, lists=lists)
+    assert scorer.notes == [] and scorer.lists == lists
     scores = scorer.score(requests)
     assert _differences(scores, model, requests) == []
     assert scores[-1].greedy
@@ -80,12 +81,13 @@ def test_equals_the_plain_scorer(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi"])
+@pytest.mark.parametrize("lists", [True, False])
 def test_a_shared_root_is_computed_once_and_changes_nothing(
-    tiny: Callable[..., Path], architecture: str
+    tiny: Callable[..., Path], architecture: str, lists: bool
 ) -> None:
     model = load(tiny(architecture)).model
     requests = _questions(root=SHOTS)
-    scorer = LoglikelihoodScorer(model, batch_tokens=64)
+    scorer = LoglikelihoodScorer(model, batch_tokens=64, lists=lists)
     halves = [scorer.score(requests[:20], SHOTS), scorer.score(requests[20:], SHOTS)]
     assert _differences(halves[0] + halves[1], model, requests) == []
     once = scorer.tokens_minimum
@@ -100,7 +102,7 @@ def test_a_shared_root_is_computed_once_and_changes_nothing(
         )
         for part in (requests[:20], requests[20:])
     )
-    fresh = LoglikelihoodScorer(model, batch_tokens=64)
+    fresh = LoglikelihoodScorer(model, batch_tokens=64, lists=lists)
     assert fresh.score(requests[20:], SHOTS) == halves[1]  # to the bit: whatever came before
 
 
@@ -140,8 +142,8 @@ def test_rounded_keys_and_values_score_as_a_quantized_cache(
 def test_little_memory_cuts_the_work_and_changes_no_score(tiny: Callable[..., Path]) -> None:
     model = load(tiny()).model
     requests = _questions(questions=12)
-    small = LoglikelihoodScorer(model, memory=1)
-    plenty = LoglikelihoodScorer(model)
+    small = LoglikelihoodScorer(model, memory=1, lists=False)
+    plenty = LoglikelihoodScorer(model, lists=False)
     for one, other in zip(small.score(requests), plenty.score(requests), strict=True):
         assert one.loglikelihood == pytest.approx(other.loglikelihood, abs=1e-4)
     assert small.tokens_computed > plenty.tokens_computed
@@ -164,16 +166,15 @@ def test_a_quantized_base(tiny: Callable[..., Path], dense: bool) -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("lists", [True, False])
 def test_threads_change_no_score(
-    tiny: Callable[..., Path], num_threads: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Path], num_threads: int, lists: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: num_threads)
     model = load(tiny()).model
     requests = _questions(questions=20)
-    assert (
-        _differences(LoglikelihoodScorer(model, batch_tokens=64).score(requests), model, requests)
-        == []
-    )
+    scorer = LoglikelihoodScorer(model, batch_tokens=64, lists=lists)
+    assert _differences(scorer.score(requests), model, requests) == []
 
 
 def _built(config: dict) -> object:
@@ -184,16 +185,19 @@ def _built(config: dict) -> object:
     return model
 
 
-def test_the_mask_implements_sliding_windows() -> None:
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("window", [6, 60])
+def test_sliding_windows(window: int, lists: bool) -> None:
+    """Rows that are longer than the window are not computed as lists, shorter ones are."""
     config = {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
-        "vocab_size": 264, "sliding_window": 6, "tie_word_embeddings": False,
+        "vocab_size": 264, "sliding_window": window, "tie_word_embeddings": False,
         "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     model = _built(config)
-    scorer = LoglikelihoodScorer(model)  # type: ignore[arg-type]
-    assert scorer.sharing
+    scorer = LoglikelihoodScorer(model, lists=lists)  # type: ignore[arg-type]
+    assert scorer.sharing and scorer.lists == (lists and window > 8)  # rows of the probe
     requests = _questions()
     assert _differences(scorer.score(requests), model, requests) == []
 
