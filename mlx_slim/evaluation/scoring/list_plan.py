@@ -1,10 +1,10 @@
-"""Lists of tokens for a CPU: whole branches of the prefix tree, one node behind the other.
+"""Lists of tokens for a CPU: the runs of whole requests, one behind the other.
 
 A CPU computes everything but attention over one list without padding (``models/token_list.py``), so
-its products have many rows and a context needs no cache between itself and its continuations. A
-branch too large for a list is cut at its first node, whose keys and values what is below it then
-sees. Invariant: every node is computed once, after the nodes on its path, and the lists follow from
-the nodes, the size and the number of threads alone. Try it:
+its products have many rows and a context needs no cache between itself and its continuations. Where
+too much follows a run for one list, the run is computed first and alone, and what follows sees its
+keys and values. Invariant: every node is computed once, after the nodes on its path, and the lists
+follow from the nodes, the size and the number of threads alone. Try it:
 ``python -m pytest tests/evaluation/scoring/test_list_plan.py``.
 """
 
