@@ -44,9 +44,10 @@ from mlx_slim.reading import JsonObject
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Questions of a chunk: large enough for full batches; a kill loses at most one chunk.
+# Questions of a chunk: a kill loses at most one. Answers end one by one, and others take their
+# place; with no more than a batch has rows, few long answers would have it to themselves for long.
 CHOICE_CHUNK = 128
-GENERATION_CHUNK = 64
+GENERATION_CHUNK = 256
 
 
 @dataclass

@@ -3,10 +3,10 @@
 MLX takes 10 to 19 ns for an exponential on x86, NumPy 1: of softmax, SwiGLU and log-sum-exp, a
 third of a forward pass. Inside ``host_exponentials`` these three evaluate what they are given and
 answer with new arrays; everything else stays a graph. Invariant: the values of MLX's own operations
-to float32 rounding, and those of a row do not depend on the rows beside it; other dtypes, attention
-sinks, and a GPU are MLX's. Not inside a gradient, where what is evaluated stays in memory: training
-computes blocks (``training/blockwise.py``) and losses (``in_losses``) outside of one.
-Try it: ``mlx-slim bench eval MODEL``.
+to float32 rounding, and of many numbers those of a row do not depend on the rows beside it; few
+numbers, other dtypes, attention sinks, and a GPU are MLX's. Not inside a gradient, where what is
+evaluated stays in memory: training computes blocks (``training/blockwise.py``) and losses
+(``in_losses``) outside of one. Try it: ``mlx-slim bench eval MODEL``.
 
 Legend: B rows, H heads, K heads of keys, G = H / K, T queries, S keys, D width of a head.
 """
@@ -24,7 +24,9 @@ import numpy as np
 from mlx_slim.runtime import on_gpu
 
 BLOCK = 1 << 15  # numbers at a time: what a core's cache holds besides their inputs
+FEW = 1 << 13  # numbers: for fewer, evaluating them takes longer than MLX's exponentials
 _users = 0  # contexts that are open, in all threads
+_stock: list[Callable[..., Any]] = []  # MLX functions that the last puts back
 _losses = threading.local()
 
 
@@ -35,21 +37,23 @@ def host_exponentials() -> Iterator[None]:
     if on_gpu():
         yield
         return
-    stock = mx.fast.scaled_dot_product_attention
     if not _users:
-        mx.fast.scaled_dot_product_attention = _attention_before(stock)
+        _stock[:] = mx.fast.scaled_dot_product_attention, mx.logsumexp
+        mx.fast.scaled_dot_product_attention = _attention_before(_stock[0])
+        mx.logsumexp = _logsumexp_before(_stock[1])
     _users += 1
     try:
         yield
     finally:
         _users -= 1
         if not _users:
-            mx.fast.scaled_dot_product_attention = stock
+            mx.fast.scaled_dot_product_attention, mx.logsumexp = _stock
 
 
 def in_use(*arrays: mx.array) -> bool:
-    """Return whether the exponentials of ``arrays`` are NumPy's here."""
-    return _users > 0 and all(array.dtype == mx.float32 for array in arrays)
+    """Return whether the exponentials of ``arrays`` are NumPy's here: of many numbers."""
+    many = _users > 0 and arrays[0].size >= FEW
+    return many and all(array.dtype == mx.float32 for array in arrays)
 
 
 @contextlib.contextmanager
@@ -130,6 +134,17 @@ def softmax(scores: mx.array) -> mx.array:
             np.exp(out, out=out)
             out /= out.sum(axis=-1, keepdims=True)
     return mx.array(result.reshape(scores.shape))
+
+
+def _logsumexp_before(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return a log-sum-exp that goes to ``stock`` where it is not over float32 rows."""
+
+    def over_rows(x: mx.array, axis: Any = None, keepdims: bool = False, **named: Any) -> mx.array:
+        if axis != -1 or not keepdims or not in_use(x):
+            return stock(x, axis, keepdims, **named)
+        return logsumexp(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], 1)
+
+    return over_rows
 
 
 def _attention_before(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -34,6 +34,7 @@ BLOCK = 1 << 17  # scores at a time, where heads are enough: what a core's cache
 _LEAST = np.float32(np.finfo(np.float32).min)
 _lists = threading.local()  # the list that a thread computes
 _users = 0  # contexts that are open, in all threads
+_stock: list[Callable[..., Any]] = []  # MLX functions that the last puts back
 
 
 class _ListTile(NamedTuple):
@@ -127,7 +128,9 @@ class TokenList:
 def token_lists() -> Iterator[None]:
     """Let models computed inside, in any thread, compute that thread's list; contexts may nest."""
     global _users
-    rope, attention = mx.fast.rope, mx.fast.scaled_dot_product_attention
+    if not _users:
+        _stock[:] = mx.fast.rope, mx.fast.scaled_dot_product_attention
+    rope, attention = _stock
 
     def rotated(x: mx.array, *arguments: Any, **named: Any) -> Any:
         current = getattr(_lists, "current", None)
@@ -147,7 +150,7 @@ def token_lists() -> Iterator[None]:
     finally:
         _users -= 1
         if not _users:
-            mx.fast.rope, mx.fast.scaled_dot_product_attention = rope, attention
+            mx.fast.rope, mx.fast.scaled_dot_product_attention = _stock
 
 
 def _tiles(nodes: Sequence[PathNode]) -> Iterator[_ListTile]:

@@ -16,6 +16,45 @@ from mlx_slim.runtime import on_gpu
 pytestmark = pytest.mark.skipif(on_gpu(), reason="a GPU computes its own exponentials")
 
 
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_exponentials, "FEW", 0)
+
+
+def test_few_numbers_stay_mlxs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_exponentials, "FEW", 12)
+    with by_numpy():
+        assert in_use(normal(3, 4)) and not in_use(normal(3, 3), normal(3, 4))
+        assert not in_use(normal(3, 4).astype(mx.float16))
+    assert not in_use(normal(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 17)])
+def test_mlxs_logsumexp_over_rows_is_numpys(shape: tuple[int, ...]) -> None:
+    x = normal(*shape, scale=9.0)
+    stock = mx.logsumexp
+    calls = [{"axis": -1, "keepdims": True}, {"axis": -1}, {"axis": 0, "keepdims": True}, {}]
+    expected = [np.array(mx.logsumexp(x, **call)) for call in calls]
+    with by_numpy():
+        ours = [np.array(mx.logsumexp(x, **call)) for call in calls]
+        assert mx.logsumexp is not stock
+    assert mx.logsumexp is stock
+    for one, other in zip(ours, expected, strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=2e-6)
+
+
+def test_contexts_of_two_threads_may_end_in_any_order() -> None:
+    stock = mx.fast.scaled_dot_product_attention
+    first, second = by_numpy(), by_numpy()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert mx.fast.scaled_dot_product_attention is not stock
+    second.__exit__(None, None, None)
+    assert mx.fast.scaled_dot_product_attention is stock
+
+
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)) * scale
 

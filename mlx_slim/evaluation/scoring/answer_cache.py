@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import (
     BatchKVCache,
@@ -29,12 +30,15 @@ from mlx_lm.models.cache import (
 
 from mlx_slim.agreement import gather
 from mlx_slim.evaluation.scoring.footprint import Footprint
+from mlx_slim.models import host_exponentials
 from mlx_slim.models.kv_cache import KVFormat
 from mlx_slim.models.logits_close import Change, logits_close
 from mlx_slim.models.parallel import divided_by
 
 PREFILL_TOKENS = 512  # tokens of a prompt per forward pass
 _ATTENTION = "scaled_dot_product_attention"
+_MANY = 1 << 14  # scores: for fewer, MLX's exponentials take no longer than evaluating them
+_LEAST = np.float32(np.finfo(np.float32).min)
 _PROBE = (5, 3, 1, 2, 6, 4, 0, 2, 1, 5, 3, 6)
 
 
@@ -124,6 +128,9 @@ def _attend(
             scale=scale,
             mask=mx.concatenate([seen, mask], axis=-1),
         )
+    scores = rows * queries.shape[1] * (prefix.length + keys.shape[2])
+    if scores >= _MANY and host_exponentials.in_use(keys, values, queries):
+        return _one_each_by_numpy(queries, keys, values, prefix, scale, mask)
     return _one_each(queries, keys, values, prefix, scale, mask)
 
 
@@ -156,6 +163,38 @@ def _one_each(
     before_BHGP, suffix_BHGL = mx.split(weights, [prefix.length], axis=-1)
     result = unfolded(folded(before_BHGP) @ prefix.values[0]) + suffix_BHGL @ values
     return result.reshape(rows, heads, 1, values.shape[-1])
+
+
+def _one_each_by_numpy(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    prefix: Prefix,
+    scale: float,
+    mask: mx.array,
+) -> mx.array:
+    """Return the same, evaluated: MLX's exponential takes ten times as long on a CPU."""
+    mx.eval(queries, keys, values, mask)
+    keys_BHLD, values_BHLD = np.asarray(keys), np.asarray(values)
+    rows, heads, _, width = queries.shape
+    groups, length = keys_BHLD.shape[1:3]
+    queries_BHGD = np.asarray(queries).reshape(rows, groups, -1, width) * np.float32(scale)
+    queries_HND = queries_BHGD.transpose(1, 0, 2, 3).reshape(groups, -1, width)  # N = B·G
+    before_HNP = queries_HND @ np.asarray(prefix.keys)[0].swapaxes(1, 2)
+    suffix_BHGL = queries_BHGD @ keys_BHLD.swapaxes(2, 3)
+    np.copyto(suffix_BHGL, _LEAST, where=~np.asarray(mask))
+    suffix_HNL = suffix_BHGL.transpose(1, 0, 2, 3).reshape(groups, -1, length)
+    peaks = np.maximum(before_HNP.max(-1, keepdims=True), suffix_HNL.max(-1, keepdims=True))
+    for scores in (before_HNP, suffix_HNL):
+        scores -= peaks
+        np.exp(scores, out=scores)
+    totals = before_HNP.sum(-1, keepdims=True) + suffix_HNL.sum(-1, keepdims=True)
+    weights_BHGL = suffix_HNL.reshape(groups, rows, -1, length).transpose(1, 0, 2, 3)
+    result_HND = before_HNP @ np.asarray(prefix.values)[0]
+    result_BHGD = result_HND.reshape(groups, rows, -1, result_HND.shape[-1]).transpose(1, 0, 2, 3)
+    result_BHGD += weights_BHGL @ values_BHLD
+    result_BHGD /= totals.reshape(groups, rows, -1, 1).transpose(1, 0, 2, 3)
+    return mx.array(result_BHGD.reshape(rows, heads, 1, -1))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_slim import runtime
+from mlx_slim import blas, runtime
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.scoring.answer_cache import (
     PREFILL_TOKENS,
@@ -34,6 +34,7 @@ from mlx_slim.evaluation.scoring.answer_cache import (
 from mlx_slim.evaluation.scoring.prefix_tree import fewest_tokens
 from mlx_slim.evaluation.scoring.requests import Request, shared_length
 from mlx_slim.evaluation.scoring.sampling import AnswerSampler, Sampling
+from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.models.kv_cache import KVFormat, rounded_caches
 from mlx_slim.progress import stage
 
@@ -186,6 +187,8 @@ def generate_batch(
     row_of: dict[int, int] = {}
     with contextlib.ExitStack() as open_until_done:
         open_until_done.callback(generator.close)
+        open_until_done.enter_context(host_exponentials())
+        open_until_done.enter_context(blas.numpy_single_threaded())
         answering = open_until_done.enter_context(stage("answering", len(prompts), "questions"))
         while True:
             while len(ids) - len(reasons) < batch_size and (group := next(groups, None)):
