@@ -188,7 +188,8 @@ def generate_batch(
     with contextlib.ExitStack() as open_until_done:
         open_until_done.callback(generator.close)
         open_until_done.enter_context(host_exponentials())
-        open_until_done.enter_context(blas.numpy_single_threaded())
+        if not runtime.on_gpu():
+            open_until_done.enter_context(blas.numpy_single_threaded())
         answering = open_until_done.enter_context(stage("answering", len(prompts), "questions"))
         while True:
             while len(ids) - len(reasons) < batch_size and (group := next(groups, None)):
