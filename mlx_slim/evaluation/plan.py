@@ -45,7 +45,7 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import JsonObject, field, read_object, short
 from mlx_slim.run_dir import RunDir
 
-CODE = 3  # raised when the same settings give other numbers: an older folder is not resumed
+CODE = 4  # raised when the same settings give other numbers: an older folder is not resumed
 _SAMPLE_BYTES = 500  # approximate size of a question on disk
 _MIN_DISK = 200_000  # the other files
 
