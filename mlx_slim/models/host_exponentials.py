@@ -21,38 +21,24 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_slim.models.replacement import Replacement
 from mlx_slim.runtime import on_gpu
 
 BLOCK = 1 << 15  # numbers at a time: what a core's cache holds besides their inputs
 FEW = 1 << 13  # numbers: for fewer, evaluating them takes longer than MLX's exponentials
-_users = 0  # contexts that are open, in all threads
-_stock: list[Callable[..., Any]] = []  # MLX functions that the last puts back
 _losses = threading.local()
 
 
 @contextlib.contextmanager
 def host_exponentials() -> Iterator[None]:
     """Let models that are computed inside, in any thread, take NumPy's; contexts may nest."""
-    global _users
-    if on_gpu():
+    with contextlib.nullcontext() if on_gpu() else _replaced():
         yield
-        return
-    if not _users:
-        _stock[:] = mx.fast.scaled_dot_product_attention, mx.logsumexp
-        mx.fast.scaled_dot_product_attention = _attention_before(_stock[0])
-        mx.logsumexp = _logsumexp_before(_stock[1])
-    _users += 1
-    try:
-        yield
-    finally:
-        _users -= 1
-        if not _users:
-            mx.fast.scaled_dot_product_attention, mx.logsumexp = _stock
 
 
 def in_use(*arrays: mx.array) -> bool:
     """Return whether the exponentials of ``arrays`` are NumPy's here: of many numbers."""
-    many = _users > 0 and arrays[0].size >= FEW
+    many = _replaced.contexts > 0 and arrays[0].size >= FEW
     return many and all(array.dtype == mx.float32 for array in arrays)
 
 
@@ -183,3 +169,9 @@ def _masked(scores_BKGTS: mx.array, mask: Any) -> mx.array:
     if mask.dtype == mx.bool_:
         return mx.where(mask, scores_BKGTS, mx.finfo(mx.float32).min)
     return scores_BKGTS + mask
+
+
+_replaced = Replacement(
+    [(mx.fast, "scaled_dot_product_attention"), (mx, "logsumexp")],
+    lambda attention, total: (_attention_before(attention), _logsumexp_before(total)),
+)

@@ -3,9 +3,9 @@
 Runs that share what they begin with stand one behind the other in one list (1, P), as in training
 (``models/prefix_attention.py``): all else in a model is computed position by position, so nothing
 is padded, and its matrix products have as many rows as the list has tokens. Here NumPy computes
-attention, a few runs at a time, for any number of threads, each with a list of its own; positions
+attention, a few runs at a time, for any number of threads, each with another list; positions
 before the whole list may have been computed earlier. Invariant: a position gets the hidden state
-that it has in a row of its own, to float32 rounding, whatever other runs the list holds. Nothing of
+that it has in a row alone, to float32 rounding, whatever other runs the list holds. Nothing of
 it is for a GPU. Try it: ``python -m pytest tests/models/test_token_list.py``.
 
 Legend: P positions of the list, B positions before it, K heads of keys, G heads of queries a head
@@ -27,14 +27,13 @@ import numpy as np
 
 from mlx_slim.models.attention import UNBOUNDED, attention_of
 from mlx_slim.models.prefix_attention import PathNode, merged_spans, why_not
+from mlx_slim.models.replacement import Functions, Replacement
 
 Before = list[tuple[np.ndarray, np.ndarray]]  # of each layer: keys and values (K, B, D)
 TILE = 128  # queries whose scores exist at one time
 BLOCK = 1 << 17  # scores at a time, where heads are enough: what a core's cache holds
 _LEAST = np.float32(np.finfo(np.float32).min)
 _lists = threading.local()  # the list that a thread computes
-_users = 0  # contexts that are open, in all threads
-_stock: list[Callable[..., Any]] = []  # MLX functions that the last puts back
 
 
 class _ListTile(NamedTuple):
@@ -124,33 +123,27 @@ class TokenList:
             raise ValueError(f"not a list of {self._length} positions in float32: {x.shape}")
 
 
-@contextlib.contextmanager
-def token_lists() -> Iterator[None]:
-    """Let models computed inside, in any thread, compute that thread's list; contexts may nest."""
-    global _users
-    if not _users:
-        _stock[:] = mx.fast.rope, mx.fast.scaled_dot_product_attention
-    rope, attention = _stock
+def _current() -> TokenList | None:
+    return getattr(_lists, "current", None)
+
+
+def _around(rope: Callable[..., Any], attention: Callable[..., Any]) -> Functions:
+    """Return rotary positions and attention of a thread's list; those of MLX where it has none."""
 
     def rotated(x: mx.array, *arguments: Any, **named: Any) -> Any:
-        current = getattr(_lists, "current", None)
-        if current is None:
+        if (current := _current()) is None:
             return rope(x, *arguments, **named)
         return current.rotated(rope, x, *arguments, **named)
 
     def attended(*qkv: mx.array, **named: Any) -> mx.array:
-        current = getattr(_lists, "current", None)
+        current = _current()
         return attention(*qkv, **named) if current is None else current.attended(*qkv, **named)
 
-    if not _users:
-        mx.fast.rope, mx.fast.scaled_dot_product_attention = rotated, attended
-    _users += 1
-    try:
-        yield
-    finally:
-        _users -= 1
-        if not _users:
-            mx.fast.rope, mx.fast.scaled_dot_product_attention = _stock
+    return rotated, attended
+
+
+# Models computed in this context, in any thread, compute that thread's list.
+token_lists = Replacement([(mx.fast, "rope"), (mx.fast, "scaled_dot_product_attention")], _around)
 
 
 def _tiles(nodes: Sequence[PathNode]) -> Iterator[_ListTile]:

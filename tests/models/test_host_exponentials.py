@@ -44,17 +44,6 @@ def test_mlxs_logsumexp_over_rows_is_numpys(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(one, other, rtol=2e-6)
 
 
-def test_contexts_of_two_threads_may_end_in_any_order() -> None:
-    stock = mx.fast.scaled_dot_product_attention
-    first, second = by_numpy(), by_numpy()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert mx.fast.scaled_dot_product_attention is not stock
-    second.__exit__(None, None, None)
-    assert mx.fast.scaled_dot_product_attention is stock
-
-
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)) * scale
 

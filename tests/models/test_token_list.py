@@ -1,4 +1,4 @@
-"""A list of runs gives each position what it has in a row of its own."""
+"""A list of runs gives each position what it has in a row alone."""
 
 from __future__ import annotations
 

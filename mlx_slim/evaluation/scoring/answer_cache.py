@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,6 +98,17 @@ class SuffixCache(BatchKVCache):
         return super().make_mask(N)
 
 
+class _NewPositions(NamedTuple):
+    """One of each answer: q (B, H·G, 1, D), keys and values behind the prefix, and their mask."""
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    prefix: Prefix
+    scale: float
+    mask: mx.array
+
+
 def _attend(
     queries: mx.array,
     keys: mx.array,
@@ -128,24 +139,19 @@ def _attend(
             scale=scale,
             mask=mx.concatenate([seen, mask], axis=-1),
         )
+    new_positions = _NewPositions(queries, keys, values, prefix, scale, mask)
     scores = rows * queries.shape[1] * (prefix.length + keys.shape[2])
     if scores >= _MANY and host_exponentials.in_use(keys, values, queries):
-        return _one_each_by_numpy(queries, keys, values, prefix, scale, mask)
-    return _one_each(queries, keys, values, prefix, scale, mask)
+        return _one_each_by_numpy(new_positions)
+    return _one_each(new_positions)
 
 
-def _one_each(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    prefix: Prefix,
-    scale: float,
-    mask: mx.array,
-) -> mx.array:
+def _one_each(new: _NewPositions) -> mx.array:
     """Return attention (B, H·G, 1, D) of one new position of each answer.
 
     The queries of all answers are multiplied with the prefix's keys as one matrix, read once.
     """
+    queries, keys, values, prefix, scale, mask = new
     rows, heads, _, width = queries.shape
     groups = keys.shape[1]
     queries_BHGD = (queries * scale).reshape(rows, groups, heads // groups, width)
@@ -165,15 +171,9 @@ def _one_each(
     return result.reshape(rows, heads, 1, values.shape[-1])
 
 
-def _one_each_by_numpy(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    prefix: Prefix,
-    scale: float,
-    mask: mx.array,
-) -> mx.array:
+def _one_each_by_numpy(new: _NewPositions) -> mx.array:
     """Return the same, evaluated: MLX's exponential takes ten times as long on a CPU."""
+    queries, keys, values, prefix, scale, mask = new
     mx.eval(queries, keys, values, mask)
     keys_BHLD, values_BHLD = np.asarray(keys), np.asarray(values)
     rows, heads, _, width = queries.shape

@@ -26,7 +26,7 @@ class ScoredList:
 
     Attributes:
         tokens: Of all runs, one behind the other.
-        nodes: Where each run lies, and what it sees.
+        nodes: Where each run is, and what it sees.
         pairs: (position, request, target id) of what is scored.
     """
 
