@@ -226,12 +226,15 @@ class LoglikelihoodScorer:
         while waiting:
             tops, before = waiting.pop()
             small = [top for top in tops if sizes[top] <= self.batch_tokens]
+            large = [top for top in tops if sizes[top] > self.batch_tokens]
             threads = default_num_threads()
             groups = balanced([sizes[top] for top in small], self.batch_tokens, threads)
             work = [
                 (listed(nodes, [below[small[i]] for i in group]), before, False) for group in groups
             ]
-            large = [top for top in tops if sizes[top] > self.batch_tokens]
+            if later := large[threads:]:  # keys and values of few are in memory at one time
+                waiting.append((later, before))
+            large = large[:threads]
             work += [(listed(nodes, [range(top, top + 1)]), before, True) for top in large]
             self.tokens_computed += sum(len(one.tokens) for one, _, _ in work)
             results = self._side_by_side(forward, work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,30 @@ def test_threads_change_no_score(
     requests = _questions(questions=20)
     scorer = LoglikelihoodScorer(model, batch_tokens=64, lists=lists)
     assert _differences(scorer.score(requests), model, requests) == []
+
+
+def test_few_long_requests_are_in_memory_at_one_time(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny()).model
+    draw = random.Random(1)
+    texts = [tuple(draw.randint(3, 200) for _ in range(70)) for _ in range(9)]
+    requests = [Request((*text, end), len(text)) for text in texts for end in (5, 6)]
+    scorer = LoglikelihoodScorer(model, batch_tokens=16)
+    monkeypatch.setattr(loglikelihood, "default_num_threads", lambda: 2)
+    alive = []
+    forward, held = scorer._side_by_side, []
+
+    def counted(function: Any, work: list[tuple]) -> list[Any]:
+        results = forward(function, work)
+        for _, pairs in results:
+            held.extend(weakref.ref(keys) for keys, _ in pairs[:1])
+        alive.append(sum(one() is not None for one in held))
+        return results
+
+    monkeypatch.setattr(scorer, "_side_by_side", counted)
+    assert _differences(scorer.score(requests), model, requests) == []
+    assert len(held) > 20 and max(alive) <= 4
 
 
 def _built(config: dict) -> object:
