@@ -10,13 +10,11 @@ import contextlib
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -62,43 +60,6 @@ def default_num_threads() -> int:
     Without a GPU, MLX runs everything but matrix products on one thread per stream.
     """
     return 1 if on_gpu() else min(4, blas.physical_cores())
-
-
-def run_in_threads(function: Callable, work: Sequence[tuple], threads: int) -> list:
-    """Return ``function(*arguments)`` for each of ``work``, in order, computed by ``threads``.
-
-    An MLX stream belongs to its thread, and a thread that ends with a stream open aborts the
-    process (mlx 0.32.4): the threads live for one call and close theirs.
-    """
-    waiting = queue.SimpleQueue()
-    for item in enumerate(work):
-        waiting.put(item)
-
-    def drain() -> dict[int, Any]:
-        done: dict[int, Any] = {}
-        try:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    index, arguments = waiting.get_nowait()
-                    done[index] = function(*arguments)
-            return done
-        finally:
-            mx.clear_streams()
-
-    # As many tasks as threads, and each waits for work that others leave: one task a thread.
-    barrier = threading.Barrier(threads)
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(lambda: (barrier.wait(), drain())[1]) for _ in range(threads)]
-        try:
-            results = {
-                i: value for part in as_completed(futures) for i, value in part.result().items()
-            }
-        except BaseException:  # Ctrl-C, or one that failed: the others end with what they compute
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.get_nowait()
-            raise
-    return [results[index] for index in range(len(work))]
 
 
 def resolve_dtype(name: str) -> mx.Dtype:

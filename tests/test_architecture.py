@@ -30,7 +30,7 @@ FLOORS = (
     {"artifacts"},
     {"claims", "run_dir"},
     {"blas"},
-    {"config", "runtime", "power"},
+    {"config", "runtime", "threads", "power"},
     {"agreement"},
     {"pages", "plot_records"},
     {"plots"},

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 from mlx_slim import blas, runtime
-from mlx_slim.errors import SlimError
 
 
 def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,17 +143,3 @@ def test_float32_is_float32_unless_the_user_says_otherwise() -> None:
             check=True,
         )
         assert done.stdout.strip() == expected
-
-
-def test_threads_leave_the_rest_when_one_fails() -> None:
-    begun: list[int] = []
-
-    def work(number: int) -> None:
-        begun.append(number)
-        if number == 1:
-            raise SlimError("one failed")
-        time.sleep(0.01)
-
-    with pytest.raises(SlimError, match="one failed"):
-        runtime.run_in_threads(work, [(number,) for number in range(200)], 2)
-    assert len(begun) < 100

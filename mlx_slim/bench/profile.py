@@ -35,7 +35,7 @@ from mlx_slim.data.batches import Batch
 from mlx_slim.models import structure
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import run_in_threads
+from mlx_slim.threads import run_in_threads
 from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, supervised_rows
 from mlx_slim.training.step import part_count
 

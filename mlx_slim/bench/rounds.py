@@ -19,6 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slim.errors import SlimError
+from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import matmul_gflops
 
@@ -34,7 +35,8 @@ def run_side(module: str, side: str, work: JsonObject) -> JsonObject:
     if module == "torch_sides":  # our BLAS in its process makes PyTorch 3.6 times slower
         environment["MLX_SLIM_BLAS"] = "off"
         environment.pop("LD_PRELOAD", None)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    with stage(f"measuring {side}"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         raise SlimError(f"the side {side} of the benchmark failed: {last[0]}")

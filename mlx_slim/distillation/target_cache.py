@@ -35,7 +35,8 @@ from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
 from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import free_disk, human_bytes, run_in_threads
+from mlx_slim.runtime import free_disk, human_bytes
+from mlx_slim.threads import run_in_threads
 from mlx_slim.training.chunk_size import chunk_size
 from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows
 from mlx_slim.training.step import part_count

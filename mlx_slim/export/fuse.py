@@ -176,9 +176,8 @@ def fuse(
     stack = [Weighted(find_adapter(one.folder), one.weight) for one in parse_adapters(adapter)]
     say(f"loading {source}")
     folders = [one.folder for one in stack]
-    loaded = unread_base(
-        source, used_folders(stack), revision=options.revision, dtype=compute_dtype()
-    )
+    loaded = unread_base(source, used_folders(stack), revision=options.revision)
+    computed = replace(loaded, open=rounded(loaded.open, compute_dtype()))
     for note in loaded.notes:
         say(note)
     stored = stored_dtype(folder_tensors(loaded.path))
@@ -199,12 +198,12 @@ def fuse(
         stored = resolve_dtype(options.dtype)
 
     def tuned_model() -> nn.Module:
-        return with_adapters(loaded, stack)[0]
+        return with_adapters(computed, stack)[0]
 
     def fused_model() -> nn.Module:
-        return fold(tuned_model(), mode, stored)
+        return fold(with_adapters(loaded, stack)[0], mode, stored)
 
-    base = RecordedLogits(answers_of(loaded.open, tokens_NT, "reading the base"), tokens_NT, out)
+    base = RecordedLogits(answers_of(computed.open, tokens_NT, "reading the base"), tokens_NT, out)
     tuned = RecordedLogits(
         answers_of(tuned_model, tokens_NT, "reading base + adapter"), tokens_NT, out
     )
@@ -242,7 +241,7 @@ def fuse(
     def beside(folder: Path) -> None:
         nonlocal result
         if keep:
-            _keep(folder / ADAPTER_FOLDER, loaded.open(), stack, str(source))
+            _keep(folder / ADAPTER_FOLDER, computed.open(), stack, str(source))
             carry(folder / ADAPTER_FOLDER, folders)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         assert result is not None

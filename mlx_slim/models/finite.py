@@ -46,7 +46,11 @@ def check_finite(tensors: Iterable[tuple[str, mx.array]], where: str) -> None:
     Raises:
         SlimError: Names the tensors.
     """
-    bad = [name for name, value in tensors if not is_finite(value)]
+    bad = []
+    for name, value in tensors:
+        if not is_finite(value):
+            bad.append(name)
+        del value  # freed before the next one is read
     if bad:
         raise SlimError(
             f"{where}: NaN or infinity in {few(bad)}",

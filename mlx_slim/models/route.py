@@ -108,7 +108,11 @@ def _visits(model: nn.Module, tokens_BT: mx.array) -> list[tuple[Forward, mx.arr
 
     with routed(structure.blocks(model), route):
         model(tokens_BT)  # type: ignore[operator]  # logits are never computed
-    return visits
+    # The class of a routed block refers to itself: until the garbage collector comes it holds
+    # ``visits``, but not hidden states that are not computed, and with them the embedding.
+    hidden = visits.copy()
+    visits.clear()
+    return hidden
 
 
 def enter(model: nn.Module, tokens_BT: mx.array) -> tuple[mx.array, list[Forward]]:

@@ -115,12 +115,15 @@ def weights_of(model: Loaded | Unread) -> Weights:
     return model.model if isinstance(model, Loaded) else model.open
 
 
-def rounded(weights: Open, stored: mx.Dtype, compute: mx.Dtype | None) -> Open:
-    """Return the same model with weights as they are stored, in the dtype of computation."""
+def rounded(weights: Open, *dtypes: mx.Dtype | None) -> Open:
+    """Return the same model with weights cast to one dtype after the other; None is no cast.
+
+    MLX holds all arrays between a file and a weight together: cast no more often than it needs.
+    """
 
     def open_model() -> nn.Module:
         model = weights()
-        for dtype in filter(None, (stored, compute)):
+        for dtype in filter(None, dtypes):
             cast(model, dtype)
         return model
 

@@ -28,6 +28,7 @@ import numpy as np
 from mlx_slim.models.attention import UNBOUNDED, attention_of
 from mlx_slim.models.prefix_attention import PathNode, merged_spans, why_not
 from mlx_slim.models.replacement import Functions, Replacement
+from mlx_slim.threads import check_awaited
 
 Before = list[tuple[np.ndarray, np.ndarray]]  # of each layer: keys and values (K, B, D)
 TILE = 128  # queries whose scores exist at one time
@@ -92,6 +93,7 @@ class TokenList:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **named: Any
     ) -> mx.array:
         """Return causal attention (1, H, P, D) of each position to those before it on its path."""
+        check_awaited()
         for x in (q, k, v):
             self._check(x)
         if (mask is None and self._length > 1) or named.get("sinks") is not None:

@@ -117,7 +117,7 @@ def _write_unread(
     folder: Path, source: Unread, config: ModelConfig, stored: mx.Dtype, rows: list[mx.array]
 ) -> tuple[dict[str, str], Logits]:
     """Write a model while it is read, as ``_write``."""
-    shapes = rounded(source.open, stored, None)()
+    shapes = rounded(source.open, stored)()
     weights = rounded(source.open, stored, compute_dtype())
     with new_folder(folder, shapes, source.tokenizer, config, code_from=source.path) as shards:
 

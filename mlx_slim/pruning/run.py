@@ -35,7 +35,7 @@ from mlx_slim.models.load import Loaded, load, read_config, resolve
 from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
-from mlx_slim.models.streamed import Unread, answers_of, unread, weights_of
+from mlx_slim.models.streamed import Unread, answers_of, rounded, unread, weights_of
 from mlx_slim.models.structure import EXPERTS
 from mlx_slim.models.tensors import Tensor, folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
@@ -122,8 +122,12 @@ def prune(
     mx.reset_peak_memory()
     streamed = _check_memory(options, planned, tensors, stored)
     notify(f"{'reading' if streamed else 'loading'} {source}")
-    read = unread if streamed else load
-    loaded = read(source, revision=options.revision, dtype=compute_dtype())
+    uncut: Loaded | Unread
+    if streamed:  # cut as it is stored, and measured in the dtype of computation
+        uncut = unread(source, revision=options.revision)
+        loaded = replace(uncut, open=rounded(uncut.open, compute_dtype()))
+    else:
+        uncut = loaded = load(source, revision=options.revision, dtype=compute_dtype())
     refuse_quantized(loaded.model if isinstance(loaded, Loaded) else nn.Module(), loaded.config)
     seen_NT, validation_NT = _text(loaded, options, planned, notify)
     scores = cutting.score(loaded, options, planned, seen_NT, notify, scores_at)
@@ -135,7 +139,7 @@ def prune(
     refit_NT = None
     if options.compensate:
         refit_NT = refit_rows(loaded, options, 0 if validation_NT is None else validation_NT.size)
-    weights, new_config, changes = cutting.cut(loaded, options, planned, scores, refit_NT)
+    weights, new_config, changes = cutting.cut(uncut, options, planned, scores, refit_NT)
     after: Loaded | Unread
     if isinstance(weights, nn.Module):
         small = weights
@@ -172,7 +176,7 @@ def prune(
         peak_memory_bytes=0,
         hidden=changes.hidden,
     )
-    del loaded, small
+    del loaded, uncut, small
 
     def judge(logits: fidelity.Model) -> None:
         nonlocal record

@@ -149,7 +149,7 @@ def compress(
     quantized: Loaded | Unread
     if options.method == "rtn" and options.compensate is None:
         quantized, report = _unread_quantized(opened, quantizer)
-        shapes = rounded(quantized.open, stored, None)()
+        shapes = rounded(quantized.open, stored)()
     else:
         if dense is None:
             quantized, report = load_quantized(source, quantizer, revision=revision, dtype=dtype)

@@ -27,8 +27,9 @@ from mlx_slim.data.shared import cheapest
 from mlx_slim.models.dropout import drawn_for
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.ranks.state import state
-from mlx_slim.runtime import on_gpu, run_in_threads, to_float, world
+from mlx_slim.runtime import on_gpu, to_float, world
 from mlx_slim.sharding.model import ShardedModel
+from mlx_slim.threads import run_in_threads
 from mlx_slim.training.blockwise import Blockwise
 from mlx_slim.training.chunks import IDLE, Chunk, in_step
 from mlx_slim.training.cross_entropy import CrossEntropy

@@ -19,8 +19,9 @@ from mlx_slim import blas
 from mlx_slim.data.batches import Batch, Batcher, Plan
 from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.progress import stage
-from mlx_slim.runtime import on_gpu, run_in_threads, world
+from mlx_slim.runtime import on_gpu, world
 from mlx_slim.sharding.model import ShardedModel
+from mlx_slim.threads import run_in_threads
 from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.ranks import sum_numbers

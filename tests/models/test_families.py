@@ -21,7 +21,7 @@ from mlx_slim.models.build import build
 from mlx_slim.models.load import load
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.structure import supports_packing
-from mlx_slim.runtime import run_in_threads
+from mlx_slim.threads import run_in_threads
 
 IDS = mx.array([[7 * i % 256 for i in range(20)]])
 mx.eval(IDS)  # threads read it

@@ -5,6 +5,7 @@ The model of these tests has 24 blocks of width 256: 3.1 MB each in float32, 75 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,33 @@ def test_commands_hold_two_blocks_and_the_largest_tensor(
     peak = command(deep, tmp_path / "a", text)
     whole = 4 * sum(value.size for _, value in _flat(unread(deep).open()))
     assert peak <= bound(deep) < 0.2 * whole
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_head_larger_than_a_block_is_held_once(
+    tmp_path: Path, command: Callable[[Path, Path, str], int]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i}: a line of plain words" for i in range(60)))
+    shape = {"hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 4}
+    shape |= {"vocab_size": 8192, "tie_word_embeddings": False}
+    folder = tiny_model(tmp_path / "model", dtype=mx.bfloat16, **{**DEEP, **shape})
+    logits = 8 * TOKENS // 2 * 8192 * 4  # of one row of both models, and what they are compared by
+    assert command(folder, tmp_path / "a", str(text)) <= bound(folder) + logits
+
+
+def test_nothing_of_a_walk_waits_for_the_garbage_collector(deep: Path) -> None:
+    read = unread(deep, dtype=mx.float32)
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        logits = answers_of(read.open, ROWS, "reading")
+        assert mx.get_active_memory() - before <= 2 * ROWS.size * 256 * 4  # hidden states
+        mx.eval(logits(ROWS[:1]))
+        del logits
+        assert mx.get_active_memory() - before <= ROWS.size * 256 * 4
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "dwq", "dynamic"])

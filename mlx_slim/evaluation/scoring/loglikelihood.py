@@ -44,7 +44,8 @@ from mlx_slim.models.parallel import divided_by
 from mlx_slim.models.rope import boundary_of, set_length
 from mlx_slim.models.token_list import Before, TokenList, longest_row, token_lists
 from mlx_slim.progress import Stage, stage
-from mlx_slim.runtime import default_num_threads, on_gpu, run_in_threads
+from mlx_slim.runtime import default_num_threads, on_gpu
+from mlx_slim.threads import run_in_threads
 
 MEMORY = 2**30  # bytes of keys and values that are cached for sharing
 SCORING_BYTES = 2 * MEMORY  # of a job: the scorer takes half of a power of two for its cache
