@@ -7,11 +7,13 @@ Invariant: nothing above this floor asks MLX what it runs on. Sizes are bytes. T
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -195,6 +197,31 @@ def memory_limits(budget: int | None = None) -> Iterator[None]:
         if wired is not None:
             mx.synchronize()  # the wired limit must not change while arrays are computed
             mx.set_wired_limit(wired)
+
+
+_returned = [0.0]  # when memory was last returned, seconds of the monotonic clock
+
+
+def return_free_memory() -> None:
+    """Return memory that was freed to the system, at most once a second; for work of seconds.
+
+    Arrays of ever other sizes leave holes in the heaps of glibc's ``malloc``, which it keeps: a
+    process would grow step by step, far above what MLX counts. Other systems need no call.
+    """
+    now = time.monotonic()
+    if now - _returned[0] >= 1 and (trim := _malloc_trim()) is not None:
+        _returned[0] = now
+        trim(0)
+
+
+@lru_cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return None
 
 
 def free_disk(place: Path) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_slim.runtime import return_free_memory
+
 _thread = threading.local()  # ``stopped``: the event that ends the work of a thread
 
 
@@ -38,6 +40,7 @@ def run_in_threads(function: Callable, work: Sequence[tuple], threads: int) -> l
                 while True:
                     index, arguments = waiting.get_nowait()
                     done[index] = function(*arguments)
+                    return_free_memory()
             return done
         finally:
             mx.clear_streams()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,37 @@ def test_float32_is_float32_unless_the_user_says_otherwise() -> None:
             check=True,
         )
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.skipif(runtime._malloc_trim() is None, reason="the C library has no malloc_trim")
+def test_holes_in_the_heap_are_returned_to_the_system() -> None:
+    code = """
+import numpy as np
+from pathlib import Path
+from mlx_slim.runtime import return_free_memory
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+before = resident()
+arrays = [np.ones(12_000) for _ in range(2_000)]  # 192 MB, each too small for a mapping of its own
+arrays = arrays[::10]
+holes = resident() - before
+return_free_memory()
+print(holes, resident() - before, sum(float(a.sum()) for a in arrays))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    holes, left, total = map(float, done.stdout.split())
+    assert holes > 150e6
+    assert left < 60e6 and total == 200 * 12_000
+
+
+def test_memory_is_returned_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    clock = iter([10.0, 10.5, 11.1, 11.2])
+    monkeypatch.setattr(runtime, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(runtime, "_returned", [0.0])
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in range(4):
+        runtime.return_free_memory()
+    assert len(calls) == 2

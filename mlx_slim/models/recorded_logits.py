@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 
 from mlx_slim.artifacts import disk_errors
 from mlx_slim.progress import tracked
+from mlx_slim.runtime import return_free_memory
 
 
 class RecordedLogits:
@@ -70,3 +71,4 @@ def free_weights(model: nn.Module) -> None:
     """Free the weights of ``model``, whoever still holds the module; it computes no more."""
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     mx.clear_cache()
+    return_free_memory()

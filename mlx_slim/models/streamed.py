@@ -118,7 +118,7 @@ def weights_of(model: Loaded | Unread) -> Weights:
 def rounded(weights: Open, *dtypes: mx.Dtype | None) -> Open:
     """Return the same model with weights cast to one dtype after the other; None is no cast.
 
-    MLX holds all arrays between a file and a weight together: cast no more often than it needs.
+    All arrays between a file and a weight are in memory at one time: cast no more than is needed.
     """
 
     def open_model() -> nn.Module:

@@ -27,7 +27,7 @@ from mlx_slim.data.shared import cheapest
 from mlx_slim.models.dropout import drawn_for
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.ranks.state import state
-from mlx_slim.runtime import on_gpu, to_float, world
+from mlx_slim.runtime import on_gpu, return_free_memory, to_float, world
 from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.threads import run_in_threads
 from mlx_slim.training.blockwise import Blockwise
@@ -153,8 +153,12 @@ class Stepper:
     def _compute(self, chunks: list[Chunk]) -> tuple[mx.array, dict[str, mx.array]]:
         if len(chunks) == 1 and chunks[0].seed is None:
             # Here alone: while another thread computes, OpenBLAS's number must not be set.
-            with contextlib.nullcontext() if on_gpu() else blas.numpy_single_threaded():
+            if on_gpu():
                 return self._sums_of(chunks[0])
+            with blas.numpy_single_threaded():
+                result = self._sums_of(chunks[0])
+            return_free_memory()
+            return result
         threads = 1 if on_gpu() else self.num_threads
         mx.eval(self.model.parameters())  # a thread cannot evaluate what another one began
         sharing = getattr(self.objective, "sharing", contextlib.nullcontext)

@@ -203,6 +203,7 @@ def generate_batch(
                 ids.update({index: [] for index in group.rows})
             if not (responses := _next(generator, model, once)):
                 break
+            runtime.return_free_memory()
             stopped: list[int] = []
             for response in responses:
                 index = row_of[response.uid]
