@@ -12,7 +12,7 @@ Legend: B rows, T positions, D width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -195,27 +195,32 @@ class FromBlock:
         """Return the logits (T, V) of a row."""
         return self._pass(number, self._begin)[0][0]
 
-    def second_moments(self, block: int, layers: list[str]) -> dict[str, mx.array]:
+    def second_moments(
+        self, block: int, layers: list[str], rows: Sequence[int] | None = None
+    ) -> dict[str, mx.array]:
         """Return layer -> E[x xᵀ] (I, I), float32, of its I inputs over all tokens.
 
         Args:
             block: Not before the one begun at.
             layers: Paths inside the block.
+            rows: Numbers of the rows whose tokens count; None takes all.
         """
+        numbers = range(len(self._rows_NT)) if rows is None else rows
+        tokens = len(numbers) * self._rows_NT.shape[1]
         moments: dict[str, mx.array] = {}
         latest: list[mx.array] = []  # the last input and its product: q, k and v read the same
 
         def look(x_1TI: mx.array, layer: str) -> None:
             if not latest or latest[0] is not x_1TI:
                 x_TI = x_1TI.reshape(-1, x_1TI.shape[-1]).astype(mx.float32)
-                latest[:] = [x_1TI, x_TI.T @ x_TI / self._rows_NT.size]
+                latest[:] = [x_1TI, x_TI.T @ x_TI / tokens]
             moments[layer] = moments[layer] + latest[1] if layer in moments else latest[1]
 
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 look_there = partial(look, layer=layer)
                 stack.enter_context(watched(self._blocks[block], layer, look_there))
-            for number in range(len(self._rows_NT)):
+            for number in numbers:
                 self._pass(number, block)
                 latest.clear()
                 mx.eval(moments)  # the blocks after it are never computed

@@ -160,9 +160,11 @@ def cut(
     if refit_NT is not None:
         assert isinstance(loaded, Loaded)
         if left := refit(loaded.model, retained, refit_NT):
+            as_they_are = sum(one == 1 for one in left)
             notes.append(
-                f"{len(left)} layers refitted on {refit_NT.size:,} tokens: "
-                f"{sum(left) / len(left):.1%} of their square error is left"
+                f"{len(left) - as_they_are} layers refitted on {refit_NT.size:,} tokens: "
+                f"{sum(left) / len(left):.1%} of the square error is left on the half that chose "
+                "how far" + f"; {as_they_are} stay as they are" * (as_they_are > 0)
             )
 
     def narrowed(model: nn.Module) -> tuple[nn.Module, ModelConfig]:

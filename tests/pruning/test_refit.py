@@ -15,12 +15,12 @@ from mlx_slim.cli.main import run
 from mlx_slim.models import structure
 from mlx_slim.models.load import load
 from mlx_slim.models.recorded_logits import RecordedLogits
-from mlx_slim.pruning.refit import refit, refitted
+from mlx_slim.pruning.refit import best_ridge, refit, refitted
 from mlx_slim.pruning.run import PruneOptions, prune
 from mlx_slim.quantization.calibration import _stream
 from tests.support.tiny import TinyModels
 
-ROWS = mx.random.randint(0, 256, (4, 24), key=mx.random.key(0)).astype(mx.int32)
+ROWS = mx.random.randint(0, 256, (32, 24), key=mx.random.key(0)).astype(mx.int32)
 
 
 @pytest.mark.parametrize("tokens", [200, 7], ids=["many tokens", "fewer tokens than columns"])
@@ -41,6 +41,36 @@ def test_columns_are_those_of_a_ridge_solver(tokens: int) -> None:
     after = np.square(lost - change @ x_IN[stays]).sum()
     assert left == pytest.approx(after / np.square(lost).sum(), rel=1e-6, abs=1e-12)
     assert 0 <= left < 1
+
+
+@pytest.mark.parametrize("tokens", [20, 80, 5000])
+def test_the_ridge_is_the_one_that_other_tokens_want(tokens: int) -> None:
+    draw = np.random.default_rng(tokens)
+    weight_OI, mixing = draw.normal(size=(5, 40)), draw.normal(size=(40, 12))
+    stays = np.arange(0, 40, 2)
+    halves = [
+        mixing @ draw.normal(size=(12, tokens)) + draw.normal(size=(40, tokens)) for _ in range(2)
+    ]
+    fitted, judged = (x @ x.T / tokens for x in halves)
+    ridge, left = best_ridge(weight_OI, fitted, judged, stays)
+    lost = weight_OI[:, 1::2] @ halves[1][1::2]
+
+    def error(ridge: float) -> float:
+        columns, _ = refitted(weight_OI, fitted, stays, ridge)
+        change = columns - weight_OI[:, stays]
+        return np.square(lost - change @ halves[1][stays]).sum() / np.square(lost).sum()
+
+    errors = {one: error(one) for one in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+    assert ridge == min(errors, key=errors.__getitem__)
+    assert left == pytest.approx(errors[ridge], rel=1e-6) and left < 1
+    assert (ridge >= 0.1) == (tokens < 1000), "few tokens want much of it"
+
+
+def test_a_layer_stays_where_what_it_loses_does_not_follow_from_what_stays() -> None:
+    draw = np.random.default_rng(0)
+    weight_OI = draw.normal(size=(5, 40))
+    fitted, judged = (x @ x.T / 30 for x in draw.normal(size=(2, 40, 30)))
+    assert best_ridge(weight_OI, fitted, judged, np.arange(20)) == (None, 1.0)
 
 
 def test_a_layer_that_reads_copies_loses_nothing() -> None:
@@ -74,9 +104,14 @@ def test_a_layer_is_refitted_on_inputs_from_the_pruned_blocks_before_it(
 
     layers[1].__class__ = Listening
     model(ROWS)  # type: ignore[operator]
-    x_IN = inputs[0].T.astype(np.float64)
     weight = np.array(layers[0]["weight"].astype(mx.float32))
-    expected, fraction = refitted(weight, x_IN @ x_IN.T / x_IN.shape[1], stays[2])
+    x_NTI = inputs[0].astype(np.float64).reshape(*ROWS.shape, -1)
+    fitted, judged = (
+        np.einsum("nti,ntj->ij", x, x) / x[..., 0].size for x in (x_NTI[::2], x_NTI[1::2])
+    )
+    ridge, fraction = best_ridge(weight, fitted, judged, stays[2])
+    assert ridge is not None
+    expected, _ = refitted(weight, (fitted + judged) / 2, stays[2], ridge)
     columns = np.array(layers[1]["weight"].astype(mx.float32))
     assert not columns[:, :32].any(), "what goes is zero"
     columns = columns[:, 32:]
