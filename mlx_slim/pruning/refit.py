@@ -136,9 +136,8 @@ def refit(model: nn.Module, retained: RetainedGroups, rows_NT: mx.array) -> list
             ridge, remaining = best_ridge(weight_OI, of_half[0], of_half[-1], stays_K)
             columns_OK = weight_OI[:, stays_K]
             if ridge is not None:
-                shares = [len(half) / len(rows_NT) for half in halves]
-                both = sum(share * one for share, one in zip(shares, of_half, strict=True))
-                columns_OK = refitted(weight_OI, np.asarray(both), stays_K, ridge)[0]
+                moment_II = np.average(of_half, axis=0, weights=[len(half) for half in halves])
+                columns_OK = refitted(weight_OI, moment_II, stays_K, ridge)[0]
             weight_OI[:] = 0  # as if pruned already, for the blocks behind
             weight_OI[:, stays_K] = columns_OK
             layer["weight"] = mx.array(weight_OI).astype(weight.dtype)

@@ -61,7 +61,7 @@ def test_the_ridge_is_the_one_that_other_tokens_want(tokens: int) -> None:
         return np.square(lost - change @ halves[1][stays]).sum() / np.square(lost).sum()
 
     errors = {one: error(one) for one in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
-    assert ridge == min(errors, key=errors.__getitem__)
+    assert ridge is not None and errors[ridge] == min(errors.values())
     assert left == pytest.approx(errors[ridge], rel=1e-6) and left < 1
     assert (ridge >= 0.1) == (tokens < 1000), "few tokens want much of it"
 
