@@ -47,8 +47,8 @@ def messages(seen: Recorder) -> list[str]:
 
 
 def close(name: str) -> dict[int, Any]:
-    """Return step -> loss as 0.1 computed it."""
-    return {int(step): pytest.approx(loss, rel=1e-5) for step, loss in REFERENCE[name].items()}
+    """Return step -> loss as 0.1 computed it, up to the rounding of another processor's kernels."""
+    return {int(step): pytest.approx(loss, rel=5e-5) for step, loss in REFERENCE[name].items()}
 
 
 @pytest.mark.parametrize("name", REFERENCE)

