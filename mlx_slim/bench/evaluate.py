@@ -38,7 +38,7 @@ def bench_eval(
     """
     against = options.against
     other = against.replace("-", "_")
-    check_installed("lm-eval")  # mlx-lm's scorer is a class of lm-eval too
+    check_installed(against)
     work = EvalWork(
         model=model,
         task=options.task,

@@ -30,7 +30,11 @@ from mlx_slim.bench.sides import RANK, SCALE, WARMUP_STEPS, TrainWork
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject
 
-NEEDED = {"peft": ("torch", "transformers", "peft"), "lm-eval": ("torch", "lm_eval")}
+NEEDED = {
+    "peft": ("torch", "transformers", "peft"),
+    "lm-eval": ("torch", "lm_eval"),
+    "mlx-lm": ("torch", "lm_eval"),  # its scorer is a class of lm-eval too
+}
 _IGNORED = -100  # the target that transformers' loss leaves out
 _SCORED_ROWS = 8  # rows of a batch of lm-eval
 

@@ -178,7 +178,7 @@ def method_of(options: PruneOptions) -> tuple[str, str]:
     for candidate in [axis] if axis else ["width", "depth"]:
         if method in _METHODS[candidate]:
             return candidate, method
-    choices = _METHODS[axis] if axis else (*_METHODS["width"], *_METHODS["depth"])
+    choices = _METHODS[axis] if axis else sorted({*_METHODS["width"], *_METHODS["depth"]})
     other = next((a for a in _METHODS if method in _METHODS[a]), None)
     hint = f"it is a method of --axis {other}" if other else did_you_mean(method, choices)
     raise SlimError(f"no method {method!r}" + (f" of axis {axis}" if axis else ""), hint)
@@ -229,6 +229,10 @@ def conflicts(options: PruneOptions, axis: str, method: str) -> list[tuple[str, 
         if wide:
             problems.append((f"{', '.join(wide)}: only for width pruning", "set --axis width"))
     else:
+        if options.compensate and options.samples == 1:
+            problems.append(
+                ("--compensate with --samples 1: half of the rows chooses how far", "set 2 or more")
+            )
         uneven = [*protected] + ([] if options.ranking == "layer" else ["--ranking global"])
         if options.uniform and uneven:
             problems.append(

@@ -78,7 +78,8 @@ def _change(
     goes = _others(weight_OI, stays_K)
     moment_II = moment_II.astype(np.float64)
     among_KK = moment_II[np.ix_(stays_K, stays_K)]
-    among_KK[np.diag_indices_from(among_KK)] += ridge * (float(np.diag(among_KK).mean()) or 1.0)
+    mean = float(np.diag(among_KK).mean()) or 1.0  # inputs may be zero
+    among_KK[np.diag_indices_from(among_KK)] += ridge * mean
     across_OK = weight_OI[:, goes].astype(np.float64) @ moment_II[np.ix_(goes, stays_K)]
     return np.linalg.solve(among_KK, across_OK.T).T
 

@@ -143,6 +143,10 @@ def test_command_line(tiny: TinyModels, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(["prune", str(tiny()), "-o", str(tmp_path / "no"), "--axis", "depth", *words[:4],
                 "--compensate"]) == 2  # fmt: skip
     assert "--compensate: only for width pruning" in capsys.readouterr().err
+    one = [*words[:6], "--method", "l2", "--samples", "1", "--compensate"]
+    assert run(["prune", str(tiny()), "-o", str(tmp_path / "no"), *one]) == 2
+    assert "--compensate with --samples 1: half of the rows chooses" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_calibration_text_is_behind_the_validation_text(
