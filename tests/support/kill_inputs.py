@@ -59,11 +59,13 @@ class Command:
         words: Of the command line, but for the output.
         resumes: Whether it knows ``--resume``.
         state: The file that stands in its output once ``--resume`` is needed.
+        every: Of its moments, every so many is taken: of one that takes many seconds.
     """
 
     words: list[str]
     resumes: bool = True
     state: str = "recipe.json"
+    every: int = 1
 
 
 _PRUNE = ["prune", "source", "--ratio", "0.5", "--method", "l2", "--calibration", "text.txt"]
@@ -122,6 +124,14 @@ _RUNS = {
         state="eval.json",
     ),
     "compare": Command(["compare", "toy.yaml", "--quiet"], state="matrix.json"),
+    "slim": Command(
+        [
+            *("slim", "source", "--disk", "150KB", "--task", "./toytask.yaml", "--limit", "12"),
+            *("--data", "rows.jsonl"),
+        ],
+        state="request.json",
+        every=31,
+    ),
     "sweep": Command(
         [
             *("sweep", "small.yaml", *_SHORT, "train.validate_every=1", "--space", "space.yaml"),

@@ -89,13 +89,14 @@ def temporaries(names: Iterable[str]) -> list[str]:
 
 
 def announce_events(watch: Watch) -> None:
-    """Make a moment of each event that the console hears of."""
+    """Make a moment of each event that the console hears of; of several alike the first is one."""
     from mlx_slim.console import Console
 
     hear = Console.notify
 
     def notify(self: Console, event: Any) -> None:
-        watch.point(f"event {event.name}")
+        if watch.seen[-1:] != [moment := f"event {event.name}"]:
+            watch.point(moment)
         hear(self, event)
 
     Console.notify = notify  # type: ignore[method-assign]
@@ -118,7 +119,7 @@ def import_modules(file: Path) -> None:
 _TIMES = re.compile(
     r"(seconds|tokens_per_second|peak_memory_bytes|active_memory_bytes|\w*_seconds|minutes"
     r"|eval_peak_memory_bytes|attempts"  # of a trial: how often it was started
-    r"|cache_bytes)"  # the memory that was free, in powers of 2
+    r"|cache_bytes|budget_bytes)"  # the memory that was free
 )
 # Pages and tables that are made of the cells' records, times among them.
 _PAGES = ("report.html", "report.md", "results.csv")
