@@ -97,6 +97,78 @@ def test_removed_experts_equal_logits_of_minus_infinity(
     assert to_float(mx.abs(before - small(tokens)).max()) > 1e-3
 
 
+class _Alone(nn.Module):
+    """A router that computes each expert's logit by itself.
+
+    How the product of a matrix rounds depends on the number of its columns.
+    """
+
+    def __init__(self, router: Any) -> None:
+        super().__init__()
+        self._router = router
+
+    def __call__(self, x: mx.array) -> mx.array:
+        logits = (x[..., None, :] * self._router.weight).sum(-1)
+        return logits + self._router.bias if "bias" in self._router else logits
+
+
+def _add_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the experts that a router chooses come in the order of their numbers.
+
+    ``argpartition`` returns them in any order, and the sum of three or more rounds with it.
+    """
+    partition = mx.argpartition
+
+    def ordered(a: mx.array, kth: int, axis: int = -1) -> mx.array:
+        indices, first = partition(a, kth=kth, axis=axis), kth % a.shape[axis]
+        assert axis == -1
+        chosen = first + (kth >= 0 and first < a.shape[-1] // 2)  # the smallest, or the largest
+        ends = (indices[..., :chosen], indices[..., chosen:])
+        return mx.concatenate([mx.sort(end, axis=-1) for end in ends], axis=-1)
+
+    monkeypatch.setattr(mx, "argpartition", ordered)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen3_moe", {"num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True}),
+        ("mixtral", {"num_local_experts": 16, "num_experts_per_tok": 4}),
+        ("olmoe", {"num_experts": 16, "num_experts_per_tok": 4}),
+        ("gpt_oss", {"num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 4}),
+    ],
+)
+def test_of_many_experts_only_the_rounding_of_two_sums_differs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    changes: dict[str, Any],
+) -> None:
+    source = load_tiny(tmp_path, architecture, **changes)
+    mixture = mixture_of(source.config)
+    assert mixture is not None and mixture.count == 16
+    removed = [0, 3, 7, 12]
+    retained = np.setdiff1d(np.arange(16), removed)
+    layers = [retained if family else np.zeros(0, np.int64) for family in mixture.families]
+    small, _ = surgery.with_groups(source.model, source.config, {EXPERTS: layers}, uniform=True)
+    routers = []
+    for index, family in enumerate(mixture.families):
+        if family is None:
+            continue
+        _silence(structure.blocks(source.model)[index], family.output, removed)
+        full, cut = (
+            layer_of(structure.blocks(model)[index], family.output)
+            for model in (source.model, small)
+        )
+        name = "router" if "router" in full else "gate"
+        routers += [(full[name], "_router", full[name]._router), (cut, name, cut[name])]
+    assert relative_gap(source.model, small, TOKENS) < 1e-6
+    for holder, name, router in routers:
+        setattr(holder, name, _Alone(router))
+    _add_by_index(monkeypatch)
+    assert mx.array_equal(source.model(TOKENS), small(TOKENS))
+
+
 @pytest.mark.parametrize(("architecture", "changes"), CASES)
 def test_an_expert_is_worth_its_weighted_output_over_the_tokens_it_gets(
     tmp_path: Path, architecture: str, changes: dict[str, Any]
