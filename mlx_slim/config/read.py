@@ -9,32 +9,57 @@ tinyllama-lora``.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.parser import Parser
+from yaml.reader import Reader, ReaderError
+from yaml.resolver import Resolver
+from yaml.scanner import Scanner
 
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import MAX_DEPTH, MAX_DIGITS, JsonObject, read_bytes, short, shown
 
 Lines = dict[tuple[str, ...], int]
 _MAX_BYTES = 1 << 20  # of a file; a shipped one has 4,000
-_MAX_TOKENS = 20_000  # of a file: the parser takes 50 us for each
+_MAX_EVENTS = 20_000  # of a file: a value, a key, the beginning or end of a list or mapping
 _MAX_VALUES = 20_000
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (the parent's own shape)
-    _tokens = 0
+class _Loader(Composer, SafeConstructor, Resolver):
+    """Nodes of a parser's events: libyaml's, or PyYAML's own, which takes ten times as long."""
 
-    def fetch_more_tokens(self) -> Any:
-        """Read on, if the text has not had its share of tokens."""
-        self._tokens += 1
-        if self._tokens > _MAX_TOKENS:
-            raise yaml.YAMLError(f"more than {_MAX_TOKENS} words and marks")
-        return super().fetch_more_tokens()
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (the parent's own shape)
+    _events = 0
+
+    def get_event(self) -> Any:
+        """Return the next event, if the text has not had its share of them."""
+        self._events += 1
+        if self._events > _MAX_EVENTS:
+            raise yaml.YAMLError(f"more than {_MAX_EVENTS:,} values and marks")
+        return super().get_event()  # pyright: ignore (of the parser)
+
+
+class _PlainLoader(_Loader, Reader, Scanner, Parser):
+    def __init__(self, text: str) -> None:
+        for base in (Reader, Scanner, Parser, Composer, SafeConstructor, Resolver):
+            base.__init__(self, *([text] if base is Reader else []))
+
+
+if yaml.__with_libyaml__:
+    from yaml.cyaml import CParser  # pyright: ignore
+
+    class _FastLoader(_Loader, CParser):
+        def __init__(self, text: str) -> None:
+            CParser.__init__(self, text)
+            for base in (Composer, SafeConstructor, Resolver):
+                base.__init__(self)
 
 
 for _tag, _pattern, _first in (
@@ -77,14 +102,21 @@ def _parse(text: str, lines: Lines, where: str) -> Any:
         SlimError: A key given twice, or no plain word.
     """
     try:
-        loader = _Loader(text)  # refuses control characters
-        try:
-            node = loader.get_single_node()
-            return None if node is None else _Builder(loader, lines, where).build(node, ())
-        finally:
-            loader.dispose()
+        loader, node = _composed(text)
+        return None if node is None else _Builder(loader, lines, where).build(node, ())
     except RecursionError as error:
         raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels") from error
+
+
+def _composed(text: str) -> tuple[_Loader, yaml.Node | None]:
+    """Return the node of a text; control characters are refused."""
+    if yaml.__with_libyaml__:
+        # What it refuses, the other one refuses with the words that it saw.
+        with contextlib.suppress(yaml.MarkedYAMLError, ReaderError, UnicodeEncodeError):
+            fast = _FastLoader(text)
+            return fast, fast.get_single_node()
+    plain = _PlainLoader(text)
+    return plain, plain.get_single_node()
 
 
 class _Builder:

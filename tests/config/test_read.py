@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlx_slim.config import library, read
 from mlx_slim.config.load import load_recipe
 from mlx_slim.config.read import parse_scalar, read_mapping
 from mlx_slim.errors import SlimError
@@ -25,7 +26,7 @@ _LAUGHS = "a0: &a0 [x]\n" + "".join(
         ("a: &a [*a]", "nested deeper than 64 levels, or an alias of itself"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested deeper"),
         ("".join(" " * n + "a:\n" for n in range(300)), "nested deeper"),
-        ("a: [" + "a," * 300_000 + "]", "more than 20000 words and marks"),
+        ("a: [" + "a," * 300_000 + "]", "more than 20,000 values and marks"),
         ("a: " + "x" * (1 << 20), "expected at most 1,048,576"),
         ("a: " + "9" * 6000, "is not of type int"),
         ("a: " + "1_" * 2000 + "1", "an integer of more than 64 digits"),
@@ -100,3 +101,14 @@ def test_recipes_that_extend_many_are_counted(tmp_path: Path) -> None:
         (tmp_path / f"r{number}.yaml").write_text(f"{parent}model: x\n")
     with pytest.raises(SlimError, match="extends more than 64 files"):
         load_recipe(str(tmp_path / "r0.yaml"))
+
+
+def test_both_parsers_read_the_shipped_files_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyYAML's own takes over where it was built without libyaml."""
+    files = [
+        library.find(kind, name) for kind in ("recipes", "evals") for name in library.names(kind)
+    ]
+    assert len(files) > 40
+    values = [read_mapping(file) for file in files]
+    monkeypatch.setattr(read.yaml, "__with_libyaml__", False)
+    assert [read_mapping(file) for file in files] == values
