@@ -11,9 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mlx_slim.config.expressions import compile_text
 from mlx_slim.config.section import Factor, Fraction, PositiveInt, Section
 from mlx_slim.config.uld import ULDConfig
+
+
+def _check_template(text: str) -> None:
+    from mlx_slim.config.expressions import compile_text  # jinja2: a tenth of a second
+
+    compile_text(text)
 
 
 class TeacherConfig(Section):
@@ -46,7 +51,7 @@ class TeacherConfig(Section):
     @classmethod
     def _is_a_template(cls, value: str | None) -> str | None:
         if value is not None:
-            compile_text(value)
+            _check_template(value)
         return value
 
     @model_validator(mode="after")
@@ -100,7 +105,7 @@ class QueryConfig(Section):
     @field_validator("prompt")
     @classmethod
     def _is_a_template(cls, value: str) -> str:
-        compile_text(value)
+        _check_template(value)
         return value
 
 

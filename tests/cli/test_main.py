@@ -67,6 +67,11 @@ def test_lists_and_help_import_neither_models_nor_data_sets() -> None:
     assert str([0] * len(words)) in out and not any(f"'{name}'" in heavy for name in SLOW), heavy
 
 
+def test_the_list_of_recipes_imports_no_templates() -> None:
+    out, heavy = imported_by("from mlx_slim.cli.main import run; run(['recipes'])")
+    assert "smollm2-lora" in out and "'jinja2'" not in heavy and "'mlx.core'" not in heavy, heavy
+
+
 def test_plans_import_neither_models_nor_data_sets(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 1000)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SLOW = {"mlx_lm", "transformers", "datasets"}  # seconds each
-HEAVY = SLOW | {"mlx.core", "rich", "numpy", "optuna"}
+HEAVY = SLOW | {"mlx.core", "rich", "numpy", "optuna", "jinja2"}
 
 
 def imported_by(code: str) -> tuple[str, str]:
