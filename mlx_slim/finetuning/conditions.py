@@ -23,6 +23,7 @@ SLOW = 0.7  # of the reference
 SUSTAINED = 180.0  # seconds that steps are slow for
 FEWEST_SLOW = 5  # steps in that time
 MOST_OF_THEM = 0.9
+_BETWEEN = 1.0  # seconds between two judgements: a small model takes many steps in one
 
 
 class ConditionsWatch:
@@ -47,7 +48,7 @@ class ConditionsWatch:
         self._battery = battery or battery_percent
         self._pressure = pressure or memory_pressure
         self._reported: set[str] = set()
-        self._next_look = -math.inf
+        self._next_look = self._next_judgement = -math.inf
         self._steps = 0
         self._rates: dict[int, list[float]] = defaultdict(list)
         self._recent: deque[tuple[float, float, float]] = deque()
@@ -91,6 +92,9 @@ class ConditionsWatch:
         self._recent.append((now, event.tokens_per_second / usual, usual))
         if now - self._recent[0][0] < SUSTAINED or len(self._recent) < FEWEST_SLOW:
             return
+        if now < self._next_judgement:
+            return
+        self._next_judgement = now + _BETWEEN
         ratios = sorted(ratio for _, ratio, _ in self._recent)
         while now - self._recent[0][0] >= SUSTAINED:
             self._recent.popleft()

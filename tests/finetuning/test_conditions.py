@@ -47,6 +47,20 @@ class Watched:
         return [event.message for event in events if isinstance(event, Notice)]
 
 
+def test_many_short_steps_are_judged_once_a_second_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sorts: list[int] = []
+    monkeypatch.setattr(conditions, "sorted", lambda a: sorts.append(1) or sorted(a), raising=False)
+    quick = Watched()
+    for _ in range(4):
+        before = len(sorts)
+        quick.steps(5000, 400, seconds=0.05)
+        assert len(sorts) - before <= 251
+        assert len(quick.watch._recent) <= 181 / 0.05
+    assert len(sorts) > 500 and quick.texts == []
+
+
 def test_battery_and_pressure_are_said_once() -> None:
     laptop = Watched()
     laptop.steps(30, 400)

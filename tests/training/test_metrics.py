@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from mlx_slim.events import Done, Notice, Resumed, Saved, Started, ValidationDone
+from mlx_slim.events import Done, Notice, Resumed, Saved, Started, StepDone, ValidationDone
 from mlx_slim.training.metrics import MetricsFile
 from tests.test_reading import nested
 
@@ -74,3 +76,23 @@ def test_metrics_end_at_a_line_that_is_none(tmp_path: Path, line: str) -> None:
     lines = file.read_text().splitlines()
     assert lines[0] == first
     assert [json.loads(one)["event"] for one in lines] == ["step", "saved"]
+
+
+def test_lines_take_no_memory(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+
+    def write(first: int, count: int) -> int:
+        for step in range(first, first + count):
+            metrics.notify(StepDone(step, 0.1, 1.0, 9, 9, 3, 50.0, 1e-4, 1.0, 1, 1))
+            if step % 100 == 0:
+                metrics.notify(Saved(step, f"checkpoints/step-{step}"))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = write(0, 200)
+        assert write(200, 2000) - before < 20_000  # 2,000 numbers kept would be 64,000
+    finally:
+        tracemalloc.stop()
+    assert metrics.path.read_text().count("\n") == 2200 + 22
