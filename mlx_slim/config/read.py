@@ -2,7 +2,7 @@
 
 Invariant: the reader depends on no global state (other packages add resolvers to
 ``yaml.SafeLoader``), knows the scalars of YAML 1.2 (``1e-5`` is a number, ``no`` and ``2024-01-01``
-are text), refuses a key given twice and tags that mean another type, and is bounded: in tokens, in
+are text), refuses a key given twice and tags that mean another type, and is bounded: in events, in
 depth, and in values, those behind an alias counted each time. Try it: ``mlx-slim recipes
 tinyllama-lora``.
 """

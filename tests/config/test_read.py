@@ -1,4 +1,4 @@
-"""YAML of others: bounded in tokens, values, depth and digits, and plain types only."""
+"""YAML of others: bounded in events, values, depth and digits, and plain types only."""
 
 from __future__ import annotations
 
