@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_slim.artifacts import write_text
-from mlx_slim.runtime import human_bytes, human_duration
+from mlx_slim.units import human_bytes, human_duration
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

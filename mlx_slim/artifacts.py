@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -358,6 +357,8 @@ def public_name(source: str | Path) -> str:
 
 def provenance() -> JsonObject:
     """Return the versions and the platform that made an artifact; nothing about the user."""
+    from importlib import metadata  # half of what this module would take to import
+
     versions: dict[str, str] = {}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

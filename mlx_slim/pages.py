@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlx_slim.runtime import human_bytes, human_seconds
+from mlx_slim.units import human_bytes, human_seconds
 
 _STYLE = Path(__file__).with_name("templates") / "page.css"
 

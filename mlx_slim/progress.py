@@ -12,9 +12,10 @@ import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sized
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from mlx_slim.events import Observer, StageProgress
+if TYPE_CHECKING:
+    from mlx_slim.events import Observer
 
 _listener: ContextVar[Observer | None] = ContextVar("listener", default=None)
 _Item = TypeVar("_Item")
@@ -64,6 +65,10 @@ class Stage:
     def report(self, *, finished: bool = False) -> None:
         """Tell the listener, if there is one."""
         if self._listener is not None:
+            from mlx_slim.events import (
+                StageProgress,  # thirty classes: a tenth of a command's start
+            )
+
             event = StageProgress(self.name, self.done, self.total, self.unit, finished)
             self._listener.notify(event)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_slim import blas, runtime
+from mlx_slim.units import human_bytes, human_duration, human_seconds, parse_size
 
 
 def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +64,17 @@ def test_nothing_about_the_machine_needs_linux(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_sizes_have_three_figures_and_the_unit_of_what_is_written(size: Any, text: str) -> None:
-    assert runtime.human_bytes(size) == text
+    assert human_bytes(size) == text
 
 
 def test_no_size_is_written_with_an_exponent_and_each_reads_back() -> None:
     for power in range(13):
         for digits in (1, 9.949, 9.951, 9.9949, 9.9951, 99.949, 99.951, 5.555):
             size = round(digits * 10**power)
-            text = runtime.human_bytes(size)
+            text = human_bytes(size)
             assert re.fullmatch(r"\d{1,3}(\.\d{1,2})? [kMGT]?B", text), text
             assert len(re.sub(r"\D", "", text)) == 3 or size < 100
-            assert runtime.parse_size(text) == pytest.approx(size, rel=0.00501)
+            assert parse_size(text) == pytest.approx(size, rel=0.00501)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_no_size_is_written_with_an_exponent_and_each_reads_back() -> None:
     ],
 )
 def test_times_carry_over_at_their_borders(seconds: float, short: str, clock: str) -> None:
-    assert (runtime.human_duration(seconds), runtime.human_seconds(seconds)) == (short, clock)
+    assert (human_duration(seconds), human_seconds(seconds)) == (short, clock)
 
 
 def test_nothing_else_rounds_a_size() -> None:
@@ -152,6 +153,7 @@ def test_holes_in_the_heap_are_returned_to_the_system() -> None:
 import numpy as np
 from pathlib import Path
 from mlx_slim.runtime import return_free_memory
+from mlx_slim.units import human_bytes, human_duration, human_seconds, parse_size
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

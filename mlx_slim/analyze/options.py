@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
-from mlx_slim.config.section import PositiveInt
+from mlx_slim.config.values import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class IntruderOptions:
     k: PositiveInt = field(
         default=10, metadata=option("Top singular directions of each weight to examine.")
     )
-    epsilon: Annotated[float, Field(gt=0, le=1)] = field(
+    epsilon: Annotated[float, Interval(gt=0, le=1)] = field(
         default=0.5,
         metadata=option(
             "A direction whose cosine to all of the base's is below this is an intruder."
         ),
     )
-    repair: Annotated[float, Field(ge=0, le=1)] | None = field(
+    repair: Annotated[float, Interval(ge=0, le=1)] | None = field(
         default=None,
         metadata=option("Write the adapter with this share of each intruder left.", metavar="KEEP"),
     )

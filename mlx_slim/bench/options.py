@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
-from mlx_slim.config.section import MOST, PositiveInt
-from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.config.values import MOST, MOST_SHOTS, Method, PositiveInt
 
-Method = Literal["lora", "qlora", "dora", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _DTYPE = option("Dtype of the computation; auto is bfloat16 on a GPU, float32 on a CPU.")
@@ -53,14 +51,14 @@ class BenchTrainOptions:
             "or eager: train.compile=true against false, once each shape of a batch was met."
         ),
     )
-    rows: Annotated[int, Field(ge=12, le=MOST)] = field(
+    rows: Annotated[int, Interval(ge=12, le=MOST)] = field(
         default=48, metadata=option("Number of training rows.")
     )
     batch: PositiveInt = field(default=4, metadata=option("Rows in a batch of the other side."))
-    max_length: Annotated[int, Field(ge=16, le=MOST)] = field(
+    max_length: Annotated[int, Interval(ge=16, le=MOST)] = field(
         default=512, metadata=option("Tokens of the longest row.")
     )
-    system_tokens: Annotated[int, Field(ge=0, le=MOST)] = field(
+    system_tokens: Annotated[int, Interval(ge=0, le=MOST)] = field(
         default=0, metadata=option("Tokens of one system message that stands before every row.")
     )
     dtype: Dtype = field(default="auto", metadata=_DTYPE)
@@ -89,7 +87,7 @@ class BenchEvalOptions:
 
     task: str = field(default="hellaswag", metadata=option("Name or file of a task."))
     limit: PositiveInt = field(default=100, metadata=option("Number of questions."))
-    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = field(
+    num_fewshot: Annotated[int, Interval(ge=0, le=MOST_SHOTS)] | None = field(
         default=None, metadata=option("Examples in a prompt; the task's own by default.")
     )
     data_dir: Path | None = field(

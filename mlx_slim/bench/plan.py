@@ -29,7 +29,7 @@ from mlx_slim.models.build import build
 from mlx_slim.models.load import load_tokenizer
 from mlx_slim.models.save import save_model
 from mlx_slim.reading import JsonObject, field
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 WITHIN = 0.15
 # (row length, rows of a batch): of the user's model ("given"), and of the random one

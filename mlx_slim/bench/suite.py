@@ -117,7 +117,7 @@ def _generation(model: Path) -> dict[str, float]:
 
 def speed_rows(record: JsonObject) -> list[tuple[str, ...]]:
     """Return the lines of a record's speeds, the headings first."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     speeds = record["suite"]
     named = [(f"train, {method}", each) for method, each in speeds["train"].items()]

@@ -56,8 +56,8 @@ _status: Status | None = None
 
 
 def status() -> Status:
-    """Return what ``activate`` did."""
-    return _status or Status("none", note="mlx_slim.blas.activate was not called")
+    """Return what ``activate`` did; it is called where ``mlx.core`` was not imported yet."""
+    return activate()
 
 
 def activate() -> Status:

@@ -113,7 +113,7 @@ def _repair_line(repaired: Repaired) -> str:
 
 
 def _line(matrix: MatrixSpectra) -> str:
-    from mlx_slim.runtime import human_duration
+    from mlx_slim.units import human_duration
 
     return (
         f"{matrix.path:<44} {matrix.intruders:>3} intruders   nearest cosine "
@@ -142,7 +142,7 @@ def _summary(intruders: Intruders) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def memory(recipe_or_model: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what takes memory: of a recipe in training, or of a model's weights."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     breakdown = _breakdown(recipe_or_model, overrides)
     if as_json:

@@ -34,7 +34,7 @@ def train(model: str, as_json: bool, **options: Any) -> None:
         raise click.UsageError(f"--against {against} is the method itself")
     from mlx_slim.bench.rounds import peak_key
     from mlx_slim.bench.train import bench_train
-    from mlx_slim.runtime import human_bytes, human_duration
+    from mlx_slim.units import human_bytes, human_duration
 
     def progress(line: str) -> None:
         click.echo(line, err=True)
@@ -103,7 +103,7 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Score the same questions on both sides, alternating, and compare."""
     from mlx_slim.bench.evaluate import bench_eval
     from mlx_slim.bench.rounds import peak_key
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     def progress(line: str) -> None:
         click.echo(line, err=True)

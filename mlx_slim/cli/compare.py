@@ -71,7 +71,8 @@ def _run(
     from mlx_slim.cluster.pool import pool_of
     from mlx_slim.compare import runner
     from mlx_slim.compare.cell_job import cell_job
-    from mlx_slim.runtime import human_seconds, memory_budget
+    from mlx_slim.runtime import memory_budget
+    from mlx_slim.units import human_seconds
 
     for name, why in layout.refused:
         click.echo(f"warning: {name} cannot run: {why}", err=True)
@@ -137,7 +138,7 @@ def _one(out: Path | None, matrix: str | None, name: str, quiet: bool) -> None:
 def _show_plan(layout: MatrixPlan) -> None:
     """Print the plan as a table."""
     from mlx_slim.compare.predict import plan
-    from mlx_slim.runtime import human_bytes, human_duration
+    from mlx_slim.units import human_bytes, human_duration
 
     def size(value: int | None) -> str:
         return "–" if value is None else human_bytes(value)

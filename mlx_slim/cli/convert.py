@@ -24,7 +24,8 @@ from mlx_slim.next_steps import step, train_on
 def command(source: str, output: Path, dtype: str | None, **options: Any) -> None:
     """Convert SOURCE (hub id, folder or .gguf) to an MLX folder, reload it and compare."""
     from mlx_slim.models.convert import convert
-    from mlx_slim.runtime import human_bytes, resolve_dtype
+    from mlx_slim.runtime import resolve_dtype
+    from mlx_slim.units import human_bytes
 
     with alive():
         report = convert(

@@ -8,7 +8,6 @@ import click
 
 from mlx_slim.cli.options import run_options
 from mlx_slim.cli.train import go
-from mlx_slim.config.load import load_recipe, render
 
 
 @click.command("distill", epilog="Example: mlx-slim distill distill-smollm2 -o runs/distilled")
@@ -26,6 +25,8 @@ def command(
     Teachers are loaded one at a time, before the student; their outputs are stored on disk. Any
     recipe can have teachers: mlx-slim distill smollm2-lora "distill.teachers=[{model: BIGGER}]"
     """
+    from mlx_slim.config.load import load_recipe, render
+
     resolved = load_recipe(recipe, overrides)
     if dry_run:
         click.echo(render(resolved))

@@ -106,7 +106,7 @@ def _warnings(facts: JsonObject) -> list[tuple[str, str]]:
 
 def _rows(facts: JsonObject) -> list[tuple[str, str]]:
     """Return (name, value) lines of the table."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     device, memory, rates = facts["device"], facts["memory"], facts["speed"]
     hub_line = f"{facts['hub']['endpoint']}: {facts['hub']['state']}"

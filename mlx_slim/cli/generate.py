@@ -68,7 +68,7 @@ def _answer(
     speaker: ChatSession, text: str, options: GenerateOptions, *, no_chat_template: bool
 ) -> None:
     """Print the answer to ``text``, and its figures."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     system = options.system
     as_chat = not no_chat_template and speaker.tokenizer.has_chat_template

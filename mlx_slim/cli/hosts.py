@@ -120,7 +120,7 @@ def _show(record: JsonObject, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(record))
         return
-    from mlx_slim.runtime import human_bytes, human_duration
+    from mlx_slim.units import human_bytes, human_duration
 
     for one in record["ranks"]:
         device = one["device"]

@@ -36,6 +36,9 @@ from mlx_slim.errors import (
     printable,
 )
 
+# Pydantic would search all installed packages for plugins, an eighth of a command's start.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 # Heading of --help -> its commands, in the order of use.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("doctor", "demo", "recipes", "tasks"),

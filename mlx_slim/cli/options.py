@@ -160,7 +160,7 @@ def rank_timeout(command: Command) -> Command:
     def apply(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
         if value is not None:
             from mlx_slim.ranks.watch import set_timeout
-            from mlx_slim.runtime import parse_duration
+            from mlx_slim.units import parse_duration
 
             seconds = parse_duration(value)
             if seconds < LEAST_TIMEOUT:

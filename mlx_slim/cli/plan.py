@@ -49,7 +49,7 @@ def on_a_mac(name: str) -> tuple[Prediction, int | None]:
 
 def cost_header(name: str) -> str:
     """Return the two comment lines with the cost of a shipped recipe."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     prediction, smallest = on_a_mac(name)
     fits = f"fits a Mac with {smallest} GB" if smallest else "fits no Mac in the table"
@@ -65,7 +65,7 @@ def table() -> str:
     """Return the Markdown table of all shipped recipes: predicted memory, and which Macs fit."""
     from mlx_slim.config import library
     from mlx_slim.planner.macs import SIZES
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     lines = [
         "| recipe | peak memory | " + " | ".join(f"{size} GB" for size in SIZES) + " |",
@@ -80,7 +80,7 @@ def table() -> str:
 
 
 def _time(prediction: Prediction) -> str:
-    from mlx_slim.runtime import human_duration
+    from mlx_slim.units import human_duration
 
     if between := prediction.time_range:
         low, high = human_duration(between.low), human_duration(between.high)
@@ -92,7 +92,7 @@ def _time(prediction: Prediction) -> str:
 
 def _text(resolved: Resolved, prediction: Prediction, note: str) -> str:
     from mlx_slim.adapters.advice import rank_advice
-    from mlx_slim.runtime import human_bytes, human_duration
+    from mlx_slim.units import human_bytes, human_duration
 
     recipe, measured = resolved.recipe, prediction.measured
     fits = "fits" if prediction.fits else "does NOT fit"
@@ -249,7 +249,7 @@ def command(
 
 def _on_machines(several: SeveralMachines) -> str:
     """Return the lines about a run on several machines."""
-    from mlx_slim.runtime import human_bytes
+    from mlx_slim.units import human_bytes
 
     def span(one: Range, unit: str) -> str:
         each = (one.low, one.high)

@@ -89,7 +89,7 @@ def command(
     from rich.console import Console as RichConsole
 
     from mlx_slim.console import Console
-    from mlx_slim.runtime import parse_size
+    from mlx_slim.units import parse_size
 
     options = PruneOptions(
         target_params=None if target_params is None else _count(target_params),

@@ -70,7 +70,7 @@ def command(
     from mlx_slim.console import Console
     from mlx_slim.quantization.policy import quantize_config
     from mlx_slim.quantization.run import ADAPTERS, compress
-    from mlx_slim.runtime import parse_size
+    from mlx_slim.units import parse_size
 
     sized = target_bytes is not None or bits_per_weight is not None
     options = CompressOptions(

@@ -68,7 +68,7 @@ def command(
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
-    from mlx_slim.runtime import parse_duration, parse_size
+    from mlx_slim.units import parse_duration, parse_size
 
     options = SlimOptions(
         memory=None if memory is None else parse_size(memory),
@@ -132,10 +132,10 @@ def _factor(text: str) -> float:
 
 def _dry_run(model: str, options: SlimOptions, as_json: bool) -> None:
     """List the candidates, from shapes alone."""
-    from mlx_slim.runtime import human_bytes
     from mlx_slim.slimming.candidates import listed
     from mlx_slim.slimming.options import check
     from mlx_slim.slimming.request import space_of
+    from mlx_slim.units import human_bytes
 
     check(options)
     space = space_of(model, options)

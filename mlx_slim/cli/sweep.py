@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from mlx_slim.cli.options import options_of, recipe_names, refuse_model, show_next
-from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Event, Notice
 from mlx_slim.next_steps import look_at, step
@@ -66,6 +65,7 @@ def command(
     refuse_model(recipe)
     if space is None:
         raise SlimError("no space to search", "set --space FILE; mlx-slim sweep --help shows one")
+    from mlx_slim.config.load import load_recipe
     from mlx_slim.sweeping.report import PAGE
     from mlx_slim.sweeping.run import WINNER, sweep
 

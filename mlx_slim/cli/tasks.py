@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_slim.cli.options import Whole, show_next
-from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.config.values import MOST_SHOTS
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import score, step
 from mlx_slim.reading import JsonObject
@@ -42,25 +42,21 @@ def _list(data_dir: str | None, as_json: bool) -> None:
         result = {"schema_version": 1, "tasks": records, "suites": suites()}
         click.echo(json.dumps(result, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for heading in ("task", "version", "kind", "rows", "shots", "metrics", "licence"):
-        right = heading in ("version", "rows", "shots")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    table = [("task", "version", "kind", "rows", "shots", "metrics", "licence")]
     for task in tasks:
         rows = _rows(task, data_dir)
-        table.add_row(
-            task.name,
-            str(task.version),
-            task.kind.replace("multiple_", ""),
-            "absent" if rows is None else f"{rows:,}",
-            str(task.num_fewshot),
-            "\n".join(task.metrics),
-            task.spec.licence,
-        )
-    Console(highlight=False).print(table)
+        shown = "absent" if rows is None else f"{rows:,}"
+        kind, shots = task.kind.replace("multiple_", ""), str(task.num_fewshot)
+        first, *others = task.metrics
+        table.append((task.name, str(task.version), kind, shown, shots, first, task.spec.licence))
+        table += [("", "", "", "", "", metric, "") for metric in others]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        cells = [
+            cell.rjust(width) if heading in ("version", "rows", "shots") else cell.ljust(width)
+            for heading, cell, width in zip(table[0], row, widths, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
     for name, members in suites().items():
         shots = ", ".join(f"{task} {number}-shot" for task, number in members.items())
         click.echo(f"suite {name}: {shots}")

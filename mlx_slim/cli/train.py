@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from mlx_slim.cli.options import alive, refuse_model, run_options, show_next
-from mlx_slim.config.load import Resolved, load_recipe, render
-from mlx_slim.config.preference import loss_unit
-from mlx_slim.config.schema import Method
+from mlx_slim.config.values import Method
 from mlx_slim.errors import SlimError
 
 if TYPE_CHECKING:
+    from mlx_slim.config.load import Resolved
     from mlx_slim.finetuning.run_dir import Result
     from mlx_slim.planner.choose import Chosen
 
@@ -73,6 +72,8 @@ def command(
     A recipe with a reward section learns from answers that the model draws and a task or --reward
     scores: mlx-slim train smollm2-grpo -o runs/grpo
     """
+    from mlx_slim.config.load import load_recipe, render
+
     if validate and (out is not None or resume):
         raise click.UsageError("--validate writes nothing: leave -o and --resume out")
     limits = {"--method": method, "--budget": budget, "--time": time}
@@ -129,6 +130,7 @@ def _started(
     Raises:
         SlimError: If the folder cannot be used, or was started with something else.
     """
+    from mlx_slim.config.load import load_recipe
     from mlx_slim.finetuning.run_dir import RECIPE_FILE, run_dir
     from mlx_slim.runtime import world
 
@@ -220,6 +222,7 @@ def go(
 ) -> None:
     """Run a workflow that trains, with the console and the trackers listening."""
     from mlx_slim import events
+    from mlx_slim.config.preference import loss_unit
     from mlx_slim.console import Console
     from mlx_slim.finetuning.run_dir import steps_after, summary_rows
     from mlx_slim.runtime import world

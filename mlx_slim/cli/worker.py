@@ -46,7 +46,8 @@ def command(
         raise SlimError("Dask is not installed", "pip install 'mlx-slim[cluster]'")
     from mlx_slim.cluster.inputs import MODELS_VARIABLE
     from mlx_slim.data.sources import MIRROR_VARIABLE
-    from mlx_slim.runtime import human_bytes, memory_budget
+    from mlx_slim.runtime import memory_budget
+    from mlx_slim.units import human_bytes
 
     for variable, folder in ((MODELS_VARIABLE, models), (MIRROR_VARIABLE, data_dir)):
         if folder is not None:

@@ -29,7 +29,7 @@ from mlx_slim.cluster.options import MEMORY
 from mlx_slim.errors import Interrupted, ResourceError, SlimError
 from mlx_slim.interrupts import SignalFlag
 from mlx_slim.reading import JsonObject, one_line, read_object
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 LARGE_FILES = "large_files"  # folder of notes: which files of a job stayed on which worker
 _HERE = "127.0.0.1:0"  # of Dask's pages: this machine alone sees them

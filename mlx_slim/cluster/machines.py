@@ -15,7 +15,8 @@ import mlx.core as mx
 from mlx_slim.artifacts import provenance
 from mlx_slim.blas import cpus_by_core
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import human_bytes, on_gpu
+from mlx_slim.runtime import on_gpu
+from mlx_slim.units import human_bytes
 
 
 def machine() -> JsonObject:

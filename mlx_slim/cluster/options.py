@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
-from mlx_slim.config.section import PositiveInt
+from mlx_slim.config.values import PositiveInt
 from mlx_slim.errors import SlimError
 
 MEMORY = "MEMORY"  # the resource that workers offer and jobs ask for: bytes
-Workers = Annotated[PositiveInt, Field(le=64)]
+Workers = Annotated[PositiveInt, Interval(le=64)]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mlx_slim.plot_records import (
     PredictedCost,
     ScoreLine,
 )
-from mlx_slim.runtime import byte_unit
+from mlx_slim.units import byte_unit
 
 FEW = 30  # cells that a plot names one by one
 

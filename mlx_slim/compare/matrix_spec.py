@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 from mlx_slim.compare.records import Kind
-from mlx_slim.config.section import Bytes, PositiveInt, Rate, Section, Seed
-from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import MOST_SHOTS, Bytes, PositiveInt, Rate, Seed
 from mlx_slim.reading import JsonObject
 
 

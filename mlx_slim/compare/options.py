@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
-from mlx_slim.config.section import PositiveInt
+from mlx_slim.config.values import PositiveInt
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from mlx_slim.planner.students import predict_run
 from mlx_slim.planner.work import Speed, TrainingWork, measure_speed
 from mlx_slim.pruning.plan import planned_config
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import human_bytes, memory_budget, resolve_dtype
+from mlx_slim.runtime import memory_budget, resolve_dtype
+from mlx_slim.units import human_bytes
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FORWARD = 0.3  # of a LoRA step: measured on a CPU, SmolLM2-135M

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_slim.config.section import LARGEST, Count, Factor, PositiveInt, Section, Steps
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import LARGEST, Count, Factor, PositiveInt, Steps
 
 DEFAULT_ALPHA = 16.0
 

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mlx_slim.config.section import Factor, Fraction, PositiveInt, Section
+from mlx_slim.config.section import Section
 from mlx_slim.config.uld import ULDConfig
+from mlx_slim.config.values import Factor, Fraction, PositiveInt
 
 
 def _check_template(text: str) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_slim.config.section import LARGEST, Factor, Section
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import LARGEST, Factor
 
 Loss = Literal["sigmoid", "ipo", "robust", "orpo", "simpo", "kto"]
 PreferenceRows = Literal["pairs", "labels"]

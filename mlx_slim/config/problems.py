@@ -7,6 +7,7 @@ value came from; the allowed range is read from the schema, so it cannot drift. 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Mapping
@@ -16,11 +17,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mlx_slim.config.aliases import Aliases, Keys
+from mlx_slim.config.layers import Origins
 from mlx_slim.config.section import Section
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import JsonObject
 
-Origins = dict[Keys, str]
 Checked = TypeVar("Checked", bound=Section)
 _TYPES = {
     "string": "text",
@@ -259,6 +260,7 @@ def checked(
     problems: list[str],
     what: str,
     aliases: Aliases | None = None,
+    context: object = None,
 ) -> Checked:
     """Return ``values`` as ``schema``, or raise one error with all ``problems`` and more.
 
@@ -269,16 +271,22 @@ def checked(
         problems: Found so far, one line each.
         what: What it is, for the message: ``recipe NAME``.
         aliases: Old keys that are still read: a mistyped one is corrected to today's.
+        context: What the schema's validators are told.
 
     Raises:
         SlimError: With several problems the message counts them and ``details`` lists them.
     """
+    if not problems:
+        # Pydantic refuses all that ``screen`` does; the JSON schema for its words is made when
+        # there is something to say.
+        with contextlib.suppress(ValidationError):
+            return schema.model_validate(values, context=context)
     words = words_for(schema, tuple((aliases or {}).items()))
     accepted, rejected = words.screen(values, origins)
     problems = problems + rejected
     result = None
     try:
-        result = schema.model_validate(accepted)
+        result = schema.model_validate(accepted, context=context)
     except ValidationError as error:
         problems += words.explain(error, accepted, origins)
     if problems or result is None:

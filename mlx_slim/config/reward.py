@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_slim.config.section import LARGEST, Section
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import LARGEST
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 

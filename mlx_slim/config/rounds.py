@@ -12,7 +12,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mlx_slim.config.section import PositiveInt, Section
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import PositiveInt
 
 
 class RoundsConfig(Section):

@@ -19,20 +19,9 @@ from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.preference import PreferenceConfig, PreferenceRows
 from mlx_slim.config.reward import RewardConfig
 from mlx_slim.config.rounds import RoundsConfig
-from mlx_slim.config.section import (
-    LARGEST,
-    Bytes,
-    Count,
-    PositiveInt,
-    Section,
-    Seed,
-    Steps,
-)
+from mlx_slim.config.section import Section
 from mlx_slim.config.train import TrainConfig
-
-Method = Literal["full", "lora", "qlora", "dora"]
-
-TASK = "task:"  # how a source names an evaluation task
+from mlx_slim.config.values import LARGEST, TASK, Bytes, Count, Method, PositiveInt, Seed, Steps
 
 
 class QuantizeConfig(Section):

@@ -7,20 +7,9 @@ infinities, true and false are none. Try it:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-
-MOST = 1_000_000_000  # of everything that is counted; more is a slip of the keyboard
-LARGEST = 1e6  # of factors: beyond it float16 and bfloat16 compute nothing of use
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
-Count = Annotated[int, Field(ge=0, le=MOST)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Steps = Annotated[float, Field(ge=0, le=MOST)]  # or, below 1, a share of them
-Factor = Annotated[float, Field(gt=0, le=LARGEST)]
-Rate = Annotated[float, Field(gt=0, lt=10)]
-Bytes = Annotated[int, Field(ge=1, le=2**60)]
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):

@@ -2,25 +2,26 @@
 
 Invariant: a task is data, no code: where its rows lie, what they must hold, how a row becomes a
 prompt, and which figures are kept. Templates and patterns are compiled when the file is read, so a
-file that loads has no syntax error left; unknown keys are errors. Try it: ``mlx-slim tasks gsm8k``.
+file that loads has no syntax error left (those of shipped files are compiled by the tests, and
+where they are used); unknown keys are errors. Try it: ``mlx-slim tasks gsm8k``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from mlx_slim.config.expressions import compile_text, compile_value
-from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.problems import checked
 from mlx_slim.config.read import read_mapping
-from mlx_slim.config.section import MOST, PositiveInt, Section
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import MOST, MOST_SHOTS, PositiveInt
 from mlx_slim.reading import JsonObject
 
 FieldType = Literal["text", "texts", "integer", "number", "list", "object"]
-MOST_SHOTS = 100
+_SHIPPED = "shipped"
 _CHOICE_METRICS = ("acc", "acc_norm", "macro_f1", "mc2")
 _DOCUMENT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 _BLOCK_METRICS = ("perplexity", "bits_per_token")
@@ -62,9 +63,9 @@ class TaskData(Section):
 
     @field_validator("where")
     @classmethod
-    def _is_an_expression(cls, value: str | None) -> str | None:
+    def _is_an_expression(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
-            compile_value(value)
+            _check(info, values=[value])
         return value
 
 
@@ -81,8 +82,9 @@ class Filter(Section):
 
     @field_validator("pattern")
     @classmethod
-    def _is_a_pattern(cls, value: str) -> str:
-        return _pattern(value)
+    def _is_a_pattern(cls, value: str, info: ValidationInfo) -> str:
+        _check(info, patterns=[value])
+        return value
 
 
 class Subgroups(Section):
@@ -173,21 +175,23 @@ class TaskSpec(Section):
 
     @field_validator("description", "prompt", "example", "continuation", "raw")
     @classmethod
-    def _is_a_template(cls, value: str | None) -> str | None:
-        compile_text(value or "")
+    def _is_a_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        _check(info, texts=[value or ""])
         return value
 
     @field_validator("target", "choices")
     @classmethod
-    def _is_an_expression(cls, value: str | list[str] | None) -> str | list[str] | None:
-        for source in [value] if isinstance(value, str) else value or []:
-            compile_value(source)
+    def _is_an_expression(
+        cls, value: str | list[str] | None, info: ValidationInfo
+    ) -> str | list[str] | None:
+        _check(info, values=[value] if isinstance(value, str) else value or [])
         return value
 
     @field_validator("ignore")
     @classmethod
-    def _are_patterns(cls, value: list[str]) -> list[str]:
-        return [_pattern(pattern) for pattern in value]
+    def _are_patterns(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        _check(info, patterns=value)
+        return value
 
     @model_validator(mode="after")
     def _keys_suit_the_kind(self) -> TaskSpec:
@@ -246,13 +250,38 @@ class TaskSpec(Section):
         return self.kind != "perplexity" and not _FRACTIONS & set(self.scores)
 
 
-def _pattern(value: str) -> str:
-    compile_pattern(value)
-    return value
+def _check(
+    info: ValidationInfo,
+    *,
+    texts: Sequence[str] = (),
+    values: Sequence[str] = (),
+    patterns: Sequence[str] = (),
+) -> None:
+    """Compile templates, expressions and patterns, unless they are a shipped file's.
+
+    Raises:
+        ValueError: If one cannot be compiled.
+    """
+    if info.context == _SHIPPED:
+        return
+    # Imported here: Jinja and regex are a fifth of what `tasks` takes.
+    from mlx_slim.config.expressions import compile_text, compile_value
+    from mlx_slim.config.patterns import compile_pattern
+
+    for text in texts:
+        compile_text(text)
+    for value in values:
+        compile_value(value)
+    for pattern in patterns:
+        compile_pattern(pattern)
 
 
-def read_task(file: Path) -> TaskSpec:
+def read_task(file: Path, *, shipped: bool = False) -> TaskSpec:
     """Return the task of a YAML file.
+
+    Args:
+        file: Its path.
+        shipped: Do not compile its templates and patterns: the tests do.
 
     Raises:
         SlimError: Unreadable file, or wrong keys and values, all of them with file and line.
@@ -260,7 +289,8 @@ def read_task(file: Path) -> TaskSpec:
     values, lines = read_mapping(file)
     origins = {path: f"{file.name}:{line}" for path, line in lines.items()}
     values.setdefault("name", file.stem)
-    return checked(TaskSpec, _texts(values), origins, [], f"task {file}")
+    context = _SHIPPED if shipped else None
+    return checked(TaskSpec, _texts(values), origins, [], f"task {file}", context=context)
 
 
 def _texts(values: JsonObject) -> JsonObject:

@@ -10,17 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_slim.config.section import (
-    LARGEST,
-    MOST,
-    Factor,
-    Fraction,
-    PositiveInt,
-    Rate,
-    Section,
-    Seed,
-    Steps,
-)
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import LARGEST, MOST, Factor, Fraction, PositiveInt, Rate, Seed, Steps
 
 DEFAULT_FALLBACK_RATE = 3.0e-4  # of AdamW beside Muon (github.com/KellerJordan/Muon)
 

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mlx_slim.config.section import LARGEST, Section
+from mlx_slim.config.section import Section
+from mlx_slim.config.values import LARGEST
 
 PartWeight = Annotated[float, Field(ge=0, le=LARGEST)]
 

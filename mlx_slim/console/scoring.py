@@ -25,7 +25,7 @@ from mlx_slim.events import (
     Event,
     TaskDone,
 )
-from mlx_slim.runtime import human_bytes, human_seconds
+from mlx_slim.units import human_bytes, human_seconds
 
 
 def figure(value: float, stderr: float | None) -> str:

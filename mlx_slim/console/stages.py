@@ -20,7 +20,7 @@ from mlx_slim.events import (
     StepDone,
     TaskDone,
 )
-from mlx_slim.runtime import human_bytes, human_seconds
+from mlx_slim.units import human_bytes, human_seconds
 
 OFTEN, _SELDOM = 2.0, 10.0  # seconds of silence
 _STARTING = "loading libraries and checking the input"

@@ -20,7 +20,7 @@ from mlx_slim.evaluation.figures import Figure
 from mlx_slim.evaluation.records import EvalResults, TaskSection, TextSection, Timing
 from mlx_slim.evaluation.results import TIMINGS_FILE
 from mlx_slim.reading import JsonObject, read_object, short
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 
 def show_results(

@@ -18,7 +18,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mlx_slim import runtime
 from mlx_slim.console.widgets import Clock, eta, memory_row, progress_row
 from mlx_slim.events import (
     Done,
@@ -34,6 +33,7 @@ from mlx_slim.events import (
 )
 from mlx_slim.round_events import RoundBegun
 from mlx_slim.training.rank_speed import RanksMeasured
+from mlx_slim.units import human_bytes, human_seconds
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SMOOTHING = 0.9  # decay per step of the running mean of the loss
@@ -198,7 +198,7 @@ class TrainingProgress:
             case Started():
                 resumed = f", from step {event.first_step}" if event.first_step else ""
                 ranks = f" on {event.ranks} ranks" if event.ranks else ""
-                budget = runtime.human_bytes(event.budget_bytes)
+                budget = human_bytes(event.budget_bytes)
                 return (
                     f"training {event.total_steps} steps{ranks}, {event.total_epochs:g} "
                     f"epochs{resumed}, memory budget {budget}"
@@ -210,8 +210,8 @@ class TrainingProgress:
                     f"step {event.step}/{self.total_steps or '–'} epoch {event.epoch:.2f} "
                     f"loss {event.loss:.4f}{_metrics(event.metrics)} lr {event.learning_rate:.2e} "
                     f"{event.tokens_per_second:.0f} tok/s grad {event.grad_norm:.3f} "
-                    f"mem {runtime.human_bytes(event.active_memory_bytes)} "
-                    f"peak {runtime.human_bytes(event.peak_memory_bytes)} {age}eta {left}"
+                    f"mem {human_bytes(event.active_memory_bytes)} "
+                    f"peak {human_bytes(event.peak_memory_bytes)} {age}eta {left}"
                 )
             case RanksMeasured():
                 return f"ranks at step {event.step}: {_speeds(event)}"
@@ -231,8 +231,8 @@ class TrainingProgress:
             case RoundBegun():
                 return (
                     f"round {event.round + 1} at step {event.step}: {_round(event)}; written in "
-                    f"{runtime.human_seconds(event.writing_seconds)}, scored in "
-                    f"{runtime.human_seconds(event.scoring_seconds)}"
+                    f"{human_seconds(event.writing_seconds)}, scored in "
+                    f"{human_seconds(event.scoring_seconds)}"
                 )
             case Saved():
                 return f"saved {event.path}"
@@ -242,8 +242,8 @@ class TrainingProgress:
                 reason = _REASONS.get(event.reason, event.reason)
                 return (
                     f"{reason} after {event.step} steps, {event.tokens:,} tokens, "
-                    f"{runtime.human_seconds(event.seconds)}, "
-                    f"peak memory {runtime.human_bytes(event.peak_memory_bytes)}"
+                    f"{human_seconds(event.seconds)}, "
+                    f"peak memory {human_bytes(event.peak_memory_bytes)}"
                 )
         return None
 

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_slim import runtime
+from mlx_slim.units import human_bytes, human_seconds
 
 _RECENT = 30  # steps in the estimate of the remaining time: a slow first one drops out
 
@@ -49,7 +49,7 @@ class Clock:
 
 def eta(seconds: float | None) -> str:
     """Return ``12:03``, or a dash."""
-    return "–" if seconds is None else runtime.human_seconds(seconds)
+    return "–" if seconds is None else human_seconds(seconds)
 
 
 def progress_row(label: str, fraction: float | None, end: str) -> Table:
@@ -76,8 +76,8 @@ def memory_row(active: int, peak: int, budget: int) -> Table:
         "memory",
         ProgressBar(total=max(budget, 1), completed=active, complete_style=style),
         Text.assemble(
-            f"{runtime.human_bytes(active)} of {runtime.human_bytes(budget)}  peak ",
-            (runtime.human_bytes(peak), style),
+            f"{human_bytes(active)} of {human_bytes(budget)}  peak ",
+            (human_bytes(peak), style),
         ),
     )
     return row

@@ -39,7 +39,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 def _evaluations() -> Iterator[tuple[str, str, TaskSpec]]:
     """Yield (data set, scored split, task) of the shipped tasks that name their question."""
     for name in library.names("evals"):
-        spec = read_task(library.find("evals", name))
+        spec = read_task(library.find("evals", name), shipped=True)
         if spec.overlap:
             yield spec.data.mirror or name, spec.data.split, spec
 

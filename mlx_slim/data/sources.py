@@ -16,15 +16,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_slim.artifacts import hash_bytes, hash_file
-from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.folders import INFO, FolderRows, find_in_folder, split_folder
 from mlx_slim.data.lines import one_line
 from mlx_slim.data.readers import READERS, is_data, suffix_of
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import JsonObject, exists
+
+if TYPE_CHECKING:
+    from mlx_slim.config.schema import SourceConfig
 
 MIRROR_VARIABLE = "MLX_SLIM_DATA"
 _HUB_ID = re.compile(
@@ -179,9 +181,7 @@ def find_local(config: SourceConfig) -> Source | None:
     if files is None and (listed := split_folder(config.path)) is not None:
         files = find_in_folder(listed[0], config.split, listed[1])
     if files is not None:
-        source = Source(config.path, "file", files.files, files.ignored)
-        source.change, source.definition = files.change, files.definition
-        return _ranged(source, config)
+        return _ranged(_of_files(config.path, files), config)
     match = _HUB_ID.fullmatch(config.path)
     if match is None or is_data(path):
         raise SlimError(f"{config.path} does not exist", _neighbour(path))
@@ -199,6 +199,22 @@ def find_local(config: SourceConfig) -> Source | None:
                 )
             return _ranged(Source(config.path, "mirror", [file]), config)
     return None
+
+
+def find_file(path: Path, split: str) -> Source | None:
+    """Return a file or folder as a source; None if there is no such path.
+
+    Raises:
+        SlimError: If it has an unknown extension.
+    """
+    files = _data_files(path, split)
+    return None if files is None else _of_files(str(path), files)
+
+
+def _of_files(name: str, files: FolderRows) -> Source:
+    source = Source(name, "file", files.files, files.ignored)
+    source.change, source.definition = files.change, files.definition
+    return source
 
 
 def _neighbour(path: Path) -> str:

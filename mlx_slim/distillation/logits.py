@@ -40,14 +40,9 @@ from mlx_slim.models.load import read_config
 from mlx_slim.models.tokenizer import vocabulary_size
 from mlx_slim.planner.memory import weight_bytes
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import (
-    default_num_threads,
-    dtype_name,
-    human_bytes,
-    memory_budget,
-    resolve_dtype,
-)
+from mlx_slim.runtime import default_num_threads, dtype_name, memory_budget, resolve_dtype
 from mlx_slim.training.objective import Objective
+from mlx_slim.units import human_bytes
 
 CACHE_FOLDER = "targets"  # inside a run folder, unless distill.cache names another
 

@@ -32,11 +32,12 @@ from mlx_slim.finetuning.round_answers import Round
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.planner.students import beside_teachers
 from mlx_slim.progress import stage
-from mlx_slim.runtime import from_first_rank, human_bytes
+from mlx_slim.runtime import from_first_rank
 from mlx_slim.training.cross_entropy import supervised_rows
 from mlx_slim.training.objective import Arrays
 from mlx_slim.training.rounds import Begun
 from mlx_slim.training.stop import StopRequest
+from mlx_slim.units import human_bytes
 
 
 class OnPolicyObjective(DistillationObjective):

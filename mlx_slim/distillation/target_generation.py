@@ -25,8 +25,9 @@ from mlx_slim.distillation.objective import Columns
 from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import human_bytes, true_on_all_ranks, world
+from mlx_slim.runtime import true_on_all_ranks, world
 from mlx_slim.training.stop import StopRequest
+from mlx_slim.units import human_bytes
 
 
 class Batches(Protocol):

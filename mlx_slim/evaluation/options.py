@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
 from mlx_slim.config.parallel import PARALLEL, PARALLEL_OPTION, Parallel
-from mlx_slim.config.section import MOST, PositiveInt, Seed
-from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.config.values import MOST, MOST_SHOTS, PositiveInt, Seed
 
-Temperature = Annotated[float, Field(ge=0, le=100)]
+Temperature = Annotated[float, Interval(ge=0, le=100)]
 KVBits = Literal[8, 4]
-DraftWidth = Annotated[int, Field(ge=1, le=16)]
+DraftWidth = Annotated[int, Interval(ge=1, le=16)]
 
 
 # What every command that answers says of them, and tokens that a draft proposes by default.
@@ -68,7 +67,7 @@ class EvalOptions:
             multiple=True,
         ),
     )
-    num_fewshot: Annotated[int, Field(ge=0, le=MOST_SHOTS)] | None = field(
+    num_fewshot: Annotated[int, Interval(ge=0, le=MOST_SHOTS)] | None = field(
         default=None, metadata=option("Solved examples before a question.", metavar="K")
     )
     limit: PositiveInt | None = field(
@@ -90,7 +89,7 @@ class EvalOptions:
     system: str | None = field(
         default=None, metadata=option("System message, for the chat template.", metavar="TEXT")
     )
-    max_length: Annotated[int, Field(ge=2, le=MOST)] | None = field(
+    max_length: Annotated[int, Interval(ge=2, le=MOST)] | None = field(
         default=None, metadata=option("Tokens of the longest input.", metavar="N")
     )
     batch_tokens: PositiveInt | None = field(

@@ -44,6 +44,7 @@ from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.reading import JsonObject, field, read_object, short
 from mlx_slim.run_dir import RunDir
+from mlx_slim.units import human_bytes
 
 CODE = 4  # raised when the same settings give other numbers: an older folder is not resumed
 _SAMPLE_BYTES = 500  # approximate size of a question on disk
@@ -296,7 +297,7 @@ def _target(
     needed = sum(sizes.values()) if split is None else rank_bytes(sizes)
     half = not (split or options.adapter) and half_numbers(config, tensors.values(), dtype)
     needed -= 2 * half
-    takes = f"{source} takes {runtime.human_bytes(needed)} in {runtime.dtype_name(dtype)}"
+    takes = f"{source} takes {human_bytes(needed)} in {runtime.dtype_name(dtype)}"
     _check_memory(needed, takes, "quantize it first, or choose a smaller dtype", memory)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     if options.apply_chat_template and not tokenizer.has_chat_template:
@@ -319,7 +320,7 @@ def _target(
         needed, half = needed + 2 * half, False  # a pass of one token would only cast
     positions = max(job.positions for job in jobs)
     least = planned_footprint(config, dtype.size).least(positions)
-    takes += f", the keys and values of {positions:,} tokens {runtime.human_bytes(least)}"
+    takes += f", the keys and values of {positions:,} tokens {human_bytes(least)}"
     hint = "quantize it first, or choose a smaller --max-length"
     _check_memory(needed + least, takes, hint, memory)
     stack = parse_adapters(options.adapter)
@@ -369,7 +370,7 @@ def _check_memory(needed: int, takes: str, hint: str, memory: int) -> None:
     if needed > memory:
         ranks = runtime.world().size()
         who = "the device has" if ranks == 1 else f"each of {ranks} ranks has"
-        raise ResourceError(f"{takes}; {who} {runtime.human_bytes(memory)}", hint)
+        raise ResourceError(f"{takes}; {who} {human_bytes(memory)}", hint)
 
 
 def _trained_on(
@@ -393,7 +394,7 @@ def _check_disk(out: Path, jobs: list[ScoringJob]) -> None:
     free = runtime.free_disk(out)
     if free < needed:
         raise ResourceError(
-            f"the disk has {runtime.human_bytes(free)} free for {out}, "
-            f"the results need about {runtime.human_bytes(needed)}",
+            f"the disk has {human_bytes(free)} free for {out}, "
+            f"the results need about {human_bytes(needed)}",
             "free some space, or choose another output folder",
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_slim.artifacts import is_hub_id, public_name, write_text
 from mlx_slim.export.fuse import RECORD
 from mlx_slim.reading import JsonObject, read_object
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 CARD = "README.md"
 

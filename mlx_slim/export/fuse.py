@@ -44,7 +44,8 @@ from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.quantization.base import recorded_base, unread_base
 from mlx_slim.reading import JsonObject, read_object
-from mlx_slim.runtime import DTYPES, dtype_name, human_bytes, memory_limits, resolve_dtype
+from mlx_slim.runtime import DTYPES, dtype_name, memory_limits, resolve_dtype
+from mlx_slim.units import human_bytes
 
 RECORD = "fuse.json"
 ADAPTER_FOLDER = "adapters"

@@ -38,7 +38,7 @@ from mlx_slim.models.hub import resolve
 from mlx_slim.models.opening import open_weights
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import ModelConfig, field, read_object
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 Tensors = dict[str, np.ndarray]
 

@@ -37,7 +37,8 @@ from mlx_slim.models.recorded_logits import RecordedLogits, free_weights
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
-from mlx_slim.runtime import dtype_name, human_bytes, resolve_dtype, to_float
+from mlx_slim.runtime import dtype_name, resolve_dtype, to_float
+from mlx_slim.units import human_bytes
 
 # Relative error of a tensor that a block format may cause; a wrong row order causes 1.4.
 _ROUNDING = {"F32": 1e-6, "F16": 0.002, "Q8_0": 0.02, "Q6_K": 0.05}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
-from mlx_slim.config.section import MOST, PositiveInt
+from mlx_slim.config.values import MOST, PositiveInt
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Mode = Literal["auto", "merge", "keep", "dequantize", "requantize"]
@@ -43,7 +43,7 @@ class FuseOptions:
         default=None, metadata=option("Text file or data set to compare on; default Alpaca.")
     )
     samples: PositiveInt = field(default=4, metadata=option("Rows of the calibration text."))
-    length: Annotated[int, Field(ge=8, le=MOST)] = field(
+    length: Annotated[int, Interval(ge=8, le=MOST)] = field(
         default=256, metadata=option("Tokens of a row.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))

@@ -19,7 +19,8 @@ from mlx_slim.errors import SlimError, printable, without_secrets
 from mlx_slim.export.card import CARD, Card, describe
 from mlx_slim.models.tensors import few
 from mlx_slim.reading import JsonObject, field, read_object
-from mlx_slim.runtime import hub_offline, human_bytes
+from mlx_slim.runtime import hub_offline
+from mlx_slim.units import human_bytes
 
 _BULK = "checkpoints"  # a run folder keeps its tokens and checkpoints in it
 

@@ -26,7 +26,8 @@ from mlx_slim import artifacts, locks
 from mlx_slim.claims import held
 from mlx_slim.config import library
 from mlx_slim.config.load import Resolved, load_recipe
-from mlx_slim.config.schema import DataConfig, Method, QuantizeConfig, Recipe
+from mlx_slim.config.schema import DataConfig, QuantizeConfig, Recipe
+from mlx_slim.config.values import Method
 from mlx_slim.errors import Interrupted, SlimError, did_you_mean
 from mlx_slim.evaluation.options import EvalOptions
 from mlx_slim.evaluation.results import TIMINGS_FILE, samples_name
@@ -43,7 +44,8 @@ from mlx_slim.models.load import read_config
 from mlx_slim.models.save import save_model
 from mlx_slim.quantization.apply import load_quantized
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import dtype_name, human_bytes, human_duration, resolve_dtype
+from mlx_slim.runtime import dtype_name, resolve_dtype
+from mlx_slim.units import human_bytes, human_duration
 
 METHODS: tuple[str, ...] = get_args(Method)
 _FULL_RATE = 2.0e-4  # full fine-tuning changes every weight: a tenth of the adapters' rate

@@ -18,6 +18,7 @@ from typing import ClassVar, final
 from mlx_slim import events
 from mlx_slim.artifacts import hash_json
 from mlx_slim.config.schema import ForgettingConfig, Recipe, SourceConfig
+from mlx_slim.config.values import TASK
 from mlx_slim.data.formats import Dropped, read_example
 from mlx_slim.data.readers import suffix_of
 from mlx_slim.data.sources import find
@@ -41,8 +42,6 @@ from mlx_slim.training.callbacks import (
 )
 from mlx_slim.training.legacy import FORGETTING
 
-_TASK = "task:"
-
 
 def read_texts_of(config: ForgettingConfig) -> TextDocuments:
     """Return the documents of the section ``forgetting``.
@@ -51,8 +50,8 @@ def read_texts_of(config: ForgettingConfig) -> TextDocuments:
         SlimError: If there are none, or they cannot be read.
     """
     path = config.path
-    if path.startswith(_TASK):
-        task = find_task(path.removeprefix(_TASK))
+    if path.startswith(TASK):
+        task = find_task(path.removeprefix(TASK))
         questions = build_questions(task, load_rows(task), 0, config.rows)
         return _texts(path, [_document(question) for question in questions])
     if suffix_of(path) == ".txt":

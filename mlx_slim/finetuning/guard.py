@@ -17,9 +17,10 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.finetuning.run_dir import RECORD, STATE_FILE
 from mlx_slim.planner.memory import Prediction
-from mlx_slim.runtime import all_gather_bytes, free_disk, human_bytes
+from mlx_slim.runtime import all_gather_bytes, free_disk
 from mlx_slim.training import rotation
 from mlx_slim.training.loop import Loop
+from mlx_slim.units import human_bytes
 
 
 def check_disk(out: Path, prediction: Prediction) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
 
@@ -32,6 +32,6 @@ class DemoOptions:
         default="qlora",
         metadata=option('Any of "lora qlora dora full", separated by spaces.'),
     )
-    limit: Annotated[int, Field(ge=1, le=100)] = field(
+    limit: Annotated[int, Interval(ge=1, le=100)] = field(
         default=64, metadata=option("Score the first N of 100 validation rows.")
     )

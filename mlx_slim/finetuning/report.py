@@ -16,8 +16,6 @@ from typing import Any
 from markupsafe import Markup
 
 from mlx_slim.artifacts import write_text
-from mlx_slim.config.load import Resolved
-from mlx_slim.config.schema import Recipe
 from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
@@ -46,7 +44,7 @@ from mlx_slim.reading import (
     short,
 )
 from mlx_slim.run_dir import LOCK_FILE
-from mlx_slim.runtime import byte_unit
+from mlx_slim.units import byte_unit
 
 PAGE_FILE = "report.html"
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -345,6 +343,9 @@ def _commands(
     """Return what one would type next: to use the run, or to resume it."""
     source = str(state.get("given") or state.get("name") or "RECIPE")
     if result is None:
+        from mlx_slim.config.load import Resolved  # pydantic: half of what a page takes
+        from mlx_slim.config.schema import Recipe
+
         recipe = Recipe.model_validate(current_recipe(state["recipe"]))
         resolved = Resolved(
             recipe,

@@ -7,10 +7,13 @@ its file, which may have moved. Try it: ``mlx-slim train smollm2-grpo --reward f
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_slim.config.reward import RewardSource
 from mlx_slim.errors import SlimError
 from mlx_slim.reading import JsonObject, library_errors, read_object, short
+
+if TYPE_CHECKING:
+    from mlx_slim.config.reward import RewardSource
 
 
 def reward_source(state: JsonObject, file: Path) -> RewardSource | None:
@@ -22,6 +25,8 @@ def reward_source(state: JsonObject, file: Path) -> RewardSource | None:
     reward = state.get("reward")
     if reward is None:
         return None
+    from mlx_slim.config.reward import RewardSource
+
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         return RewardSource(**reward)
 

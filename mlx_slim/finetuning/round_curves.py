@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mlx_slim.finetuning.curves import Series, chart
-from mlx_slim.runtime import human_seconds
+from mlx_slim.units import human_seconds
 
 
 def round_charts(

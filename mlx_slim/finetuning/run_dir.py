@@ -19,15 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from mlx_slim import events
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
-from mlx_slim.config.load import COMMAND_LINE, Resolved
-from mlx_slim.config.reward import RewardSource
-from mlx_slim.config.schema import Recipe
-from mlx_slim.config.train import TrainConfig
+from mlx_slim.config.layers import COMMAND_LINE
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals
 from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
@@ -35,9 +30,13 @@ from mlx_slim.finetuning.reward_source import check_same_reward
 from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
 from mlx_slim.reading import JsonObject, exists, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
-from mlx_slim.runtime import from_first_rank, human_bytes, human_seconds
+from mlx_slim.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:  # the page of a run is written without what trains one
+    from mlx_slim.config.load import Resolved
+    from mlx_slim.config.reward import RewardSource
+    from mlx_slim.config.schema import Recipe
+    from mlx_slim.config.train import TrainConfig
     from mlx_slim.data.prepare import Prepared
     from mlx_slim.training.optim import Extended
 
@@ -155,6 +154,8 @@ def claim(
             notices.extend(_check_same(out, recipe))
             check_same_reward(out / STATE_FILE, reward)
 
+        from mlx_slim.runtime import from_first_rank  # MLX: `report` needs none
+
         def hold() -> bool:
             claimed = stack.enter_context(run_dir(out).claim(resume=resume, match=match))
             if claimed.note:
@@ -168,6 +169,8 @@ def claim(
 
 def trained_as(file: Path) -> TrainConfig:
     """Return the ``train`` section of a run's ``recipe.json`` or ``run.json``."""
+    from mlx_slim.config.train import TrainConfig
+
     with library_errors(f"{short(file)} is damaged", "start a new run"):
         return TrainConfig.model_validate(
             current_recipe(read_object(file, recipe=dict)["recipe"])["train"]
@@ -255,6 +258,10 @@ def current_recipe(recipe: JsonObject) -> JsonObject:
     The latter get their defaults, except where that version computed otherwise: 0.1 decayed every
     parameter, and gave Muon's fallback the learning rate of Muon.
     """
+    from pydantic import ValidationError
+
+    from mlx_slim.config.schema import Recipe
+
     recipe, _ = rename(recipe, RECIPE)
     train = dict(recipe["train"])
     if train["weight_decay"] > 0:
@@ -355,7 +362,7 @@ def task_to_score(rows: Sequence[str]) -> str:
 
     Rows of tasks: those tasks; files of the user: a task file of the user; else a general task.
     """
-    from mlx_slim.evaluation.tasks.training_rows import tasks_of
+    from mlx_slim.evaluation.tasks.examples import tasks_of
 
     if tasks := tasks_of(rows):
         return ",".join(tasks)

@@ -13,7 +13,8 @@ from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.planner.memory import Prediction
 from mlx_slim.planner.suggest import changed
-from mlx_slim.runtime import all_gather_bytes, human_bytes, world
+from mlx_slim.runtime import all_gather_bytes, world
+from mlx_slim.units import human_bytes
 
 # Their update of a number needs numbers of other rows, which other ranks have.
 _WHOLE_MATRICES = ("adafactor", "muon")

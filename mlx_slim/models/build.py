@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
+from mlx_slim.models.kinds import HEADS, MLP
 from mlx_slim.models.normalize import HEAD_BY_FILE
 from mlx_slim.models.quantized import has_quantized_form
 from mlx_slim.models.reference import reference_of
@@ -125,19 +126,19 @@ def apply_widths(model: nn.Module, config: ModelConfig) -> None:
         families = structure.coupled(block)
         fits = isinstance(entry, dict) and entry.keys() == _KEYS
         fits = fits and all(type(value) is int and value > 0 for value in entry.values())
-        if not fits or families.keys() != {structure.HEADS, structure.MLP}:
+        if not fits or families.keys() != {HEADS, MLP}:
             raise SlimError(
                 f"config.json: {WIDTHS}[{index}] is {entry!r}",
                 f"expected {', '.join(sorted(_KEYS))}, whole numbers above 0",
             )
-        group_size = families[structure.HEADS].queries_per_group
+        group_size = families[HEADS].queries_per_group
         if entry["heads"] != group_size * entry["kv_heads"]:
             raise SlimError(
                 f"config.json: {WIDTHS}[{index}] has {entry['heads']} heads over "
                 f"{entry['kv_heads']} key-value heads",
                 f"{group_size} query heads share a key-value head in this model",
             )
-        counts = {structure.HEADS: entry["kv_heads"], structure.MLP: entry["intermediate_size"]}
+        counts = {HEADS: entry["kv_heads"], MLP: entry["intermediate_size"]}
         structure.resize(block, counts)
 
 
@@ -146,12 +147,12 @@ def widths_of(model: nn.Module) -> list[dict[str, int]]:
     widths = []
     for block in structure.blocks(model):
         families = structure.coupled(block)
-        heads = families[structure.HEADS]
+        heads = families[HEADS]
         widths.append(
             {
                 "heads": heads.count * heads.queries_per_group,
                 "kv_heads": heads.count,
-                "intermediate_size": families[structure.MLP].count,
+                "intermediate_size": families[MLP].count,
             }
         )
     return widths

@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.models import structure
 from mlx_slim.models.build import build
+from mlx_slim.models.kinds import EXPERTS
 from mlx_slim.models.normalize import model_module
-from mlx_slim.models.structure import EXPERTS, Coupled
+from mlx_slim.models.structure import Coupled
 from mlx_slim.reading import ModelConfig
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.models import structure
-from mlx_slim.models.structure import HIDDEN, Coupled
+from mlx_slim.models.kinds import HIDDEN
+from mlx_slim.models.structure import Coupled
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from mlx_slim.models.quantized import format_of
 from mlx_slim.models.shards import Shards, open_shards
 from mlx_slim.progress import stage
 from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.runtime import dtype_name, free_disk, human_bytes
+from mlx_slim.runtime import dtype_name, free_disk
+from mlx_slim.units import human_bytes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

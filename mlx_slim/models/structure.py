@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.kinds import HEADS, MLP
 from mlx_slim.models.logits_close import Change, logits_close
 
 _Map = Callable[[mx.array], mx.array]
@@ -42,7 +43,6 @@ _FIXED_CAP = 15.0  # nanochat: a constant of its code
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 _LINEAR_TYPES = (nn.Linear, nn.QuantizedLinear)
 _PACKAGES = ("mlx", "mlx_slim")  # packages whose linear layers return W x + b
-HEADS, MLP, HIDDEN, EXPERTS = "heads", "mlp", "hidden", "experts"
 _ATTENTION, _QUERIES, _KEYS = "self_attn", "q_proj", ("k_proj", "v_proj")
 _OUTPUTS = ("o_proj", "dense")
 _HEAD_COUNTS = ("n_heads", "num_heads", "num_attention_heads")

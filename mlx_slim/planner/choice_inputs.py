@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_slim.config.load import DEFAULT, Resolved, from_layers
 from mlx_slim.config.schema import DataConfig, SourceConfig
-from mlx_slim.config.section import MOST
+from mlx_slim.config.values import MOST
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals, SourceLedger
 from mlx_slim.data.pieces import context_tokens, pieces
 from mlx_slim.data.pipeline import Pipeline, PreparedRow

@@ -34,7 +34,7 @@ from mlx_slim.planner.suggest import Overrides, changed
 from mlx_slim.planner.time import Range
 from mlx_slim.planner.work import FILLED
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import human_bytes, human_duration, parse_duration
+from mlx_slim.units import human_bytes, human_duration, parse_duration
 
 RESERVE = 1.1  # a prediction may be too low by this factor
 BITS = (8, 4)  # of a base that does not fit otherwise, best first

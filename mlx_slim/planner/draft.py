@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_slim.config.load import COMMAND_LINE, Resolved, from_layers
+from mlx_slim.config.layers import COMMAND_LINE
+from mlx_slim.config.load import Resolved, from_layers
 from mlx_slim.config.recipe_file import value_text
 from mlx_slim.config.schema import Recipe
 from mlx_slim.planner import hyperparameters

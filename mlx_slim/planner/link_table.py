@@ -12,7 +12,7 @@ from mlx_slim.planner.links import LINKS, several_machines
 from mlx_slim.planner.memory import predict
 from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.work import TrainingWork
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 MAC = "m4-max-128gb"
 ROW_TOKENS = 208  # Alpaca's mean

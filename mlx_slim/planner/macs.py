@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import AUTO_FRACTION, human_bytes
+from mlx_slim.runtime import AUTO_FRACTION
+from mlx_slim.units import human_bytes
 
 SIZES = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)
 

@@ -28,7 +28,8 @@ from mlx_slim.planner.work import (
     operations,
     predicted_seconds,
 )
-from mlx_slim.runtime import DTYPES, on_gpu, parse_size, resolve_dtype
+from mlx_slim.runtime import DTYPES, on_gpu, resolve_dtype
+from mlx_slim.units import parse_size
 
 
 @dataclass(frozen=True)

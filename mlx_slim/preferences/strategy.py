@@ -40,7 +40,6 @@ from mlx_slim.runtime import (
     default_num_threads,
     dtype_name,
     free_disk,
-    human_bytes,
     on_gpu,
     resolve_dtype,
     true_on_all_ranks,
@@ -49,6 +48,7 @@ from mlx_slim.runtime import (
 from mlx_slim.training.callbacks import computing
 from mlx_slim.training.objective import Objective
 from mlx_slim.training.stop import StopRequest
+from mlx_slim.units import human_bytes
 
 REFERENCE_FOLDER = "reference"
 

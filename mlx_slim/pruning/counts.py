@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import HIDDEN
 from mlx_slim.models.mixtures import Mixture
-from mlx_slim.models.structure import HIDDEN
 from mlx_slim.pruning.families import families_of
 
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.artifacts import atomic_file, load_tensors, save_tensors
+from mlx_slim.models.kinds import HIDDEN
 from mlx_slim.models.load import Loaded
 from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.recorded_logits import free_weights
@@ -28,7 +29,6 @@ from mlx_slim.models.streamed import (
     weights_of,
     with_fast_forwards,
 )
-from mlx_slim.models.structure import HIDDEN
 from mlx_slim.pruning import importance, surgery, width
 from mlx_slim.pruning.depth import choose_layers
 from mlx_slim.pruning.families import families_of

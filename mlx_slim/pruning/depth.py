@@ -28,7 +28,6 @@ from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.objective import Arrays
 
 STREAMED = ("block-influence", "angular", "random")  # a block at a time
-METHODS = (*STREAMED[:2], "perplexity", "random")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def choose_layers(
 
     Args:
         model: In memory, or what opens it (not for ``perplexity``).
-        method: One of ``METHODS``.
+        method: One of ``methods.OF_DEPTH``.
         count: Layers to remove.
         allowed: Layers that may be removed, ascending.
         rows_NT: Calibration token ids; None for ``random``.

@@ -16,7 +16,7 @@ from mlx_slim.pruning.records import (
     TaskFigures,
 )
 from mlx_slim.reading import library_errors, read_object, short
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 _PREFERRED = ("acc_norm", "acc")  # of a task's metrics, in the table
 

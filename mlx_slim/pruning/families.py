@@ -10,9 +10,10 @@ from __future__ import annotations
 import mlx.nn as nn
 
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import EXPERTS, HIDDEN
 from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.residual import residual
-from mlx_slim.models.structure import EXPERTS, HIDDEN, Coupled
+from mlx_slim.models.structure import Coupled
 
 # Of each block, kind -> family.
 Families = list[dict[str, Coupled]]

@@ -21,22 +21,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import HIDDEN
 from mlx_slim.models.mixtures import Mixture
 from mlx_slim.models.residual import residual
 from mlx_slim.models.route import Forward, routed, watched
 from mlx_slim.models.streamed import Walk, Weights, tensors_of
-from mlx_slim.models.structure import HIDDEN, Coupled
+from mlx_slim.models.structure import Coupled
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.families import families_of
+from mlx_slim.pruning.methods import GRADIENT
 from mlx_slim.pruning.reap import reap
 from mlx_slim.pruning.scores import Scores, batches_of, name_of
-from mlx_slim.runtime import human_bytes
 from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.objective import Arrays
+from mlx_slim.units import human_bytes
 
-GRADIENT = ("taylor", "taylor2", "vector")
-OF_EXPERTS = ("reap", "l2", "random")
-METHODS = (*GRADIENT, "activation", "reap", "l2", "random")
 STREAMED = ("activation", "l2", "random")  # a block at a time
 
 
@@ -66,7 +65,7 @@ def group_importance(
 
     Args:
         model: In memory, or what opens it (only for ``STREAMED``).
-        method: One of ``METHODS``.
+        method: One of ``methods.OF_WIDTH``.
         kinds: Families: ``heads``, ``mlp``, ``hidden`` (not by a gradient); or ``experts``.
         rows_NT: Calibration token ids; None for ``l2`` and ``random``.
         seed: Of ``random``.

@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
-from mlx_slim.config.section import MOST
+from mlx_slim.config.values import MOST, Strict
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
-from mlx_slim.pruning import depth, importance
-from mlx_slim.pruning.width import SIZE_FLAGS
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
+from mlx_slim.pruning.methods import GRADIENT, OF_DEPTH, OF_EXPERTS, OF_WIDTH, SIZE_FLAGS
 
 NAMED = "named"
 _DEFAULT = {"depth": "block-influence", "width": "taylor"}
 _DEFAULT_OF_CHANNELS, _DEFAULT_OF_EXPERTS = "activation", "reap"
-_METHODS = {"depth": depth.METHODS, "width": importance.METHODS}
+_METHODS = {"depth": OF_DEPTH, "width": OF_WIDTH}
 # Rows of calibration text x tokens: as in arXiv 2305.11627 for gradients; forward passes and
 # similarities are cheaper and noisier.
 _GRADIENT_ROWS, FORWARD_ROWS = (10, 64), (32, 256)
@@ -29,8 +28,8 @@ _GRADIENT_ROWS, FORWARD_ROWS = (10, 64), (32, 256)
 
 _WIDTH = "taylor, taylor2, vector, activation, l2, random; of experts reap"
 _DEPTH, _BEST = "block-influence, angular, perplexity, random", "block-influence"
-_Width = Annotated[int, Field(ge=1, le=MOST, strict=True)]
-_Size = Annotated[int, Field(ge=1, le=2**60, strict=True)]
+_Width = Annotated[int, Interval(ge=1, le=MOST), Strict()]
+_Size = Annotated[int, Interval(ge=1, le=2**60), Strict()]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class PruneOptions:
     Attributes:
         axis: ``depth`` (layers) or ``width`` (heads, neurons and channels); None follows from the
             method.
-        method: Of ``depth.METHODS`` or ``importance.METHODS``; None is block influence, taylor,
+        method: Of ``methods.OF_DEPTH`` or ``methods.OF_WIDTH``; None is block influence, taylor,
             or activation where the residual stream is pruned.
         layers: Layers by number, such as ``21-29,31``, instead of a method and a size.
         ratio: Fraction of the layers, or (at most) of the groups of each layer that is not
@@ -80,7 +79,7 @@ class PruneOptions:
     layers: str | None = field(
         default=None, metadata=option("Remove these layers, counted from 0.", metavar="A-B,C")
     )
-    ratio: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    ratio: Annotated[float, Interval(gt=0, lt=1), Strict()] | None = None
     target_params: _Size | None = None
     target_bytes: _Size | None = None
     heads: bool | None = field(default=None, metadata=option("Prune attention heads (KV groups)."))
@@ -111,25 +110,25 @@ class PruneOptions:
         default="layer",
         metadata=option("Rank groups within a layer, or over all (with --no-uniform)."),
     )
-    protect_first: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
+    protect_first: Annotated[int, Interval(ge=0, le=MOST), Strict()] | None = field(
         default=None, metadata=option("Never remove the first N layers [4 of 32].")
     )
-    protect_last: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = field(
+    protect_last: Annotated[int, Interval(ge=0, le=MOST), Strict()] | None = field(
         default=None, metadata=option("Never remove the last N layers [2 of 32].")
     )
     calibration: str | None = field(
         default=None, metadata=option("Text file or data set; default Alpaca.", metavar="TEXT")
     )
-    samples: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = field(
+    samples: Annotated[int, Interval(ge=1, le=MOST), Strict()] | None = field(
         default=None, metadata=option("Calibration rows [10, forward only 32].")
     )
-    length: Annotated[int, Field(ge=8, le=MOST, strict=True)] | None = field(
+    length: Annotated[int, Interval(ge=8, le=MOST), Strict()] | None = field(
         default=None, metadata=option("Tokens of a row [64, forward only 256].")
     )
-    held_out: Annotated[int, Field(ge=16, le=MOST, strict=True)] = field(
+    held_out: Annotated[int, Interval(ge=16, le=MOST), Strict()] = field(
         default=2048, metadata=option("Validation tokens to measure the effect on.")
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = field(
+    seed: Annotated[int, Interval(ge=0, lt=2**32), Strict()] = field(
         default=0, metadata=option("Seed of --method random.")
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
@@ -248,7 +247,7 @@ def conflicts(options: PruneOptions, axis: str, method: str) -> list[tuple[str, 
         same = named + (["--hidden"] if options.hidden else [])
         if same and not options.uniform:
             problems.append((f"{', '.join(same)}: one width of all layers", "set --uniform"))
-        if options.prunes_channels and method in importance.GRADIENT:
+        if options.prunes_channels and method in GRADIENT:
             problems.append(
                 (
                     f"--method {method} does not score channels of the residual stream: it "
@@ -281,14 +280,13 @@ def check_experts(options: PruneOptions, axis: str, method: str, *, mixture: boo
     others += ["--compensate"] if options.compensate else []
     if axis == "depth":
         others.append(f"--method {method}" if options.layers is None else "--layers")
-    elif method not in importance.OF_EXPERTS:
+    elif method not in OF_EXPERTS:
         others.append(f"--method {method}")
     if others:
         raise SlimError(
             f"{', '.join(others)}: of a mixture of experts only experts can be pruned, as many in "
             "every layer",
-            f"set --method {' or '.join(importance.OF_EXPERTS)}, and --ratio, --experts or a "
-            "target",
+            f"set --method {' or '.join(OF_EXPERTS)}, and --ratio, --experts or a target",
         )
 
 
@@ -301,5 +299,5 @@ def rows_of(options: PruneOptions, method: str) -> tuple[int, int]:
     """Return calibration rows and their tokens; (0, 0) for a method that needs none."""
     if method in ("l2", "random", NAMED):
         return 0, 0
-    samples, length = _GRADIENT_ROWS if method in importance.GRADIENT else FORWARD_ROWS
+    samples, length = _GRADIENT_ROWS if method in GRADIENT else FORWARD_ROWS
     return options.samples or samples, options.length or length

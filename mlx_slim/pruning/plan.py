@@ -12,10 +12,11 @@ from typing import Any
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models.build import WIDTHS, build
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.models.mixtures import Mixture, mixture_of
-from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.pruning.counts import Counts, count
 from mlx_slim.pruning.families import families_of
+from mlx_slim.pruning.methods import SIZE_FLAGS
 from mlx_slim.pruning.options import (
     NAMED,
     PruneOptions,
@@ -38,7 +39,6 @@ from mlx_slim.pruning.surgery import (
 from mlx_slim.pruning.width import (
     ANY,
     MULTIPLE,
-    SIZE_FLAGS,
     WidthLimits,
     sizes_for,
     sizes_named,
@@ -46,7 +46,8 @@ from mlx_slim.pruning.width import (
     sizes_within,
 )
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import DTYPES, human_bytes
+from mlx_slim.runtime import DTYPES
+from mlx_slim.units import human_bytes
 
 _PROTECT = (4, 2, 32)  # first and last layers of how many (arXiv 2305.11627)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_slim.models.structure import HIDDEN
+from mlx_slim.models.kinds import HIDDEN
 from mlx_slim.pruning.counts import Counts
 from mlx_slim.pruning.records import GROUPS
 from mlx_slim.pruning.width import Sizes

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import EXPERTS
 from mlx_slim.models.mixtures import Mixture, Report, RouterProbe
 from mlx_slim.models.route import Forward, replaced, routed
-from mlx_slim.models.structure import EXPERTS
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.scores import Scores, batches_of, name_of
 

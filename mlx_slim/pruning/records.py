@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from mlx_slim.models.fidelity import Fidelity
-from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import human_bytes, human_duration
+from mlx_slim.units import human_bytes, human_duration
 
 RECORD_FILE, REPORT_FILE = "prune.json", "report.json"
 MODEL, RECOVER = "model", "recover"  # folders inside that of prune --recover

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlx_slim.artifacts import SCHEMA_VERSION, write_json
-from mlx_slim.config.load import COMMAND_LINE, Resolved, load_recipe
+from mlx_slim.config.layers import COMMAND_LINE
+from mlx_slim.config.load import Resolved, load_recipe
 from mlx_slim.data.sources import find
 from mlx_slim.distillation.run import distill
 from mlx_slim.errors import SlimError

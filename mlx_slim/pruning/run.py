@@ -31,15 +31,16 @@ from mlx_slim.errors import ResourceError, RowLimit, SlimError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models import fidelity
 from mlx_slim.models.build import WIDTHS
+from mlx_slim.models.kinds import EXPERTS
 from mlx_slim.models.load import Loaded, load, read_config, resolve
 from mlx_slim.models.opening import cast, read_weights
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.models.row_limits import row_limit
 from mlx_slim.models.streamed import Unread, answers_of, rounded, unread, weights_of
-from mlx_slim.models.structure import EXPERTS
 from mlx_slim.models.tensors import Tensor, folder_tensors
 from mlx_slim.models.verified_save import compute_dtype, save_checked, stored_dtype
 from mlx_slim.pruning import cutting, depth, importance
+from mlx_slim.pruning.methods import OF_EXPERTS
 from mlx_slim.pruning.options import NAMED, PruneOptions
 from mlx_slim.pruning.plan import plan, weight_size
 from mlx_slim.pruning.planned import Plan
@@ -53,7 +54,8 @@ from mlx_slim.pruning.refit import refit_rows
 from mlx_slim.quantization.apply import refuse_quantized
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import device_memory, human_bytes, memory_limits, on_gpu
+from mlx_slim.runtime import device_memory, memory_limits, on_gpu
+from mlx_slim.units import human_bytes
 
 __all__ = ["PruneOptions", "Pruned", "prune", "validation_rows"]
 
@@ -209,7 +211,7 @@ def _check_memory(
     if needed > device_memory():
         what = f"method {planned.method}" if planned.method not in methods else "--compensate"
         others = "block-influence" if planned.axis == "depth" else "l2 or activation"
-        if planned.method in importance.OF_EXPERTS and planned.kinds == (EXPERTS,):
+        if planned.method in OF_EXPERTS and planned.kinds == (EXPERTS,):
             others = "l2"
         raise ResourceError(
             f"{what} holds the whole model: {human_bytes(needed)}, this device holds "

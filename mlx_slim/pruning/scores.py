@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_slim.data.batches import Batch, collate
-from mlx_slim.models.structure import HIDDEN
+from mlx_slim.models.kinds import HIDDEN
 
 _BATCH_TOKENS = 2048  # tokens that go through a block together
 

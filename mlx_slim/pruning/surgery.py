@@ -24,12 +24,12 @@ from mlx_slim.models.activations import use_fast_swiglu
 from mlx_slim.models.build import WIDTHS, build, widths_of
 from mlx_slim.models.gated_delta import use_fast_gated_delta
 from mlx_slim.models.gemma import EMBEDDING_SIZE, correct_gemma
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.models.mixtures import mixture_of
 from mlx_slim.models.normalize import model_module
 from mlx_slim.models.opening import fill
 from mlx_slim.models.recorded_logits import free_weights
 from mlx_slim.models.residual import corrected, residual
-from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.pruning.families import families_of
 from mlx_slim.pruning.width import RetainedGroups, WidthLimits
 from mlx_slim.reading import ModelConfig

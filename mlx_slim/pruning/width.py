@@ -15,18 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_slim.errors import SlimError
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
 from mlx_slim.models.mixtures import Mixture
-from mlx_slim.models.structure import EXPERTS, HEADS, HIDDEN, MLP, Coupled
+from mlx_slim.models.structure import Coupled
 from mlx_slim.pruning.counts import Counts
+from mlx_slim.pruning.methods import SIZE_FLAGS
 from mlx_slim.pruning.scores import Scores, name_of
 
 MULTIPLE = 64  # the group size of quantization
-SIZE_FLAGS = {
-    HEADS: "--kv-heads",
-    MLP: "--intermediate-size",
-    HIDDEN: "--hidden-size",
-    EXPERTS: "--experts",
-}
 
 # kind -> number of remaining groups, by layer
 Sizes = dict[str, list[int]]

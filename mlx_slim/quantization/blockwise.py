@@ -41,7 +41,8 @@ from mlx_slim.quantization.fake import CONSTANTS, FakeQuantized, Values
 from mlx_slim.quantization.policy import Policy, embed_formats, leaves, make_policy
 from mlx_slim.quantization.scale_training import EndToEnd
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import device_memory, human_bytes, to_float
+from mlx_slim.runtime import device_memory, to_float
+from mlx_slim.units import human_bytes
 
 # Bytes of a weight of the block in training, float32: itself, its gradient, two moments of Adam,
 # and what the rounding keeps for the backward pass.

@@ -25,7 +25,7 @@ from mlx_slim.quantization.allocation import StoredAs, allocate, layer_bytes, ov
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.quantization.sensitivity import BITS, Losses
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 
 def check_size(options: CompressOptions) -> None:

@@ -48,7 +48,8 @@ from mlx_slim.quantization.policy import (
     skip_reason,
 )
 from mlx_slim.reading import ModelConfig
-from mlx_slim.runtime import device_memory, human_bytes, on_gpu
+from mlx_slim.runtime import device_memory, on_gpu
+from mlx_slim.units import human_bytes
 
 METHODS = ("rtn", "awq", "gptq", "dwq", "dynamic", "blockwise")
 CALIBRATED = METHODS[1:]

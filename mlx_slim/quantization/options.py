@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
 from mlx_slim.config.schema import QuantizeConfig
-from mlx_slim.config.section import MOST, Bytes, Count, PositiveInt
+from mlx_slim.config.values import MOST, Bytes, Count, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class CompressOptions:
         default=32,
         metadata=option("Rows that all methods but rtn look at.", flag="--calibration-samples"),
     )
-    length: Annotated[int, Field(ge=8, le=MOST)] = field(
+    length: Annotated[int, Interval(ge=8, le=MOST)] = field(
         default=256, metadata=option("Tokens of a row.", flag="--calibration-length")
     )
     fidelity_samples: Count = field(
@@ -73,7 +73,7 @@ class CompressOptions:
     )
     revision: str | None = field(default=None, metadata=option("Commit or tag of a hub model."))
     target_bytes: Bytes | None = None
-    bits_per_weight: Annotated[float, Field(gt=0, le=32)] | None = field(
+    bits_per_weight: Annotated[float, Interval(gt=0, le=32)] | None = field(
         default=None,
         metadata=option("Choose the bits of each layer: at most N for a weight.", metavar="N"),
     )

@@ -17,7 +17,7 @@ from mlx_slim.models import fidelity
 from mlx_slim.quantization.apply import QuantizeReport
 from mlx_slim.quantization.compensation import Compensated
 from mlx_slim.reading import JsonObject
-from mlx_slim.runtime import human_bytes, human_duration
+from mlx_slim.units import human_bytes, human_duration
 
 ADAPTERS = "adapters"  # folder of the adapter that makes up for the error
 

@@ -57,11 +57,8 @@ from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.policy import embed_formats, leaves
 from mlx_slim.quantization.result import ADAPTERS, Compensation, Compressed
 from mlx_slim.reading import ModelConfig, short
-from mlx_slim.runtime import (
-    device_memory,
-    human_bytes,
-    memory_limits,
-)
+from mlx_slim.runtime import device_memory, memory_limits
+from mlx_slim.units import human_bytes
 
 
 @makes_folder("quantize")

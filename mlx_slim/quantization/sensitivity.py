@@ -42,7 +42,8 @@ from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.progress import tracked
 from mlx_slim.quantization.apply import load_quantized, rounded
 from mlx_slim.quantization.policy import leaves
-from mlx_slim.runtime import device_memory, dtype_name, human_bytes, to_float
+from mlx_slim.runtime import device_memory, dtype_name, to_float
+from mlx_slim.units import human_bytes
 
 BITS = (2, 3, 4, 5, 6, 8)
 # Most bits that are measured: beyond, KL is quadratic in the error of the weights, and so small

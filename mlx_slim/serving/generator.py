@@ -40,6 +40,7 @@ from mlx_slim.serving.options import ServeOptions
 from mlx_slim.serving.prompt_cache import PromptCache
 from mlx_slim.serving.ranks import END, LeaderEndedError, agreed_tokens
 from mlx_slim.serving.stops import until_stop
+from mlx_slim.units import human_bytes
 
 _CONTEXT = 4096  # tokens of an answer and its prompt, in the plan of how many fit at a time
 _GENERATE = "stream_generate"
@@ -188,7 +189,7 @@ class Provider(ModelProvider):
         if needed > self._room:
             raise SlimError(
                 f"a prompt of {len(ids):,} tokens and an answer of {room:,} take "
-                f"{runtime.human_bytes(needed)}, this server has {runtime.human_bytes(self._room)}"
+                f"{human_bytes(needed)}, this server has {human_bytes(self._room)}"
             )
         arguments.max_tokens = room
 

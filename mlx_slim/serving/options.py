@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.config.options import option
 from mlx_slim.config.parallel import PARALLEL, PARALLEL_OPTION, Parallel
-from mlx_slim.config.section import PositiveInt
+from mlx_slim.config.values import PositiveInt
 from mlx_slim.evaluation.options import (
     ANSWERING_CODE,
     ANSWERING_REVISION,
@@ -56,7 +56,7 @@ class ServeOptions:
     host: str = field(
         default="127.0.0.1", metadata=option("Address to listen on.", metavar="ADDRESS")
     )
-    port: Annotated[int, Field(ge=0, le=65535)] = field(
+    port: Annotated[int, Interval(ge=0, le=65535)] = field(
         default=8080, metadata=option("TCP port; 0 takes a free one.")
     )
     max_tokens: PositiveInt = field(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mlx_slim.config.section import MOST
+from mlx_slim.config.values import MOST
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.chat import LONGEST_PROMPT
 from mlx_slim.reading import JsonObject, field, parse_json, shown

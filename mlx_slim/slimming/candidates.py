@@ -21,9 +21,9 @@ from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan
 from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
 from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.runtime import human_bytes
 from mlx_slim.slimming.cost import Cost, cost
 from mlx_slim.slimming.options import SlimOptions
+from mlx_slim.units import human_bytes
 
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP = 64

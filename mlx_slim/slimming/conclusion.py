@@ -12,7 +12,6 @@ from pathlib import Path
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
 from mlx_slim.cluster.machines import kind_of, machine
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import human_bytes
 from mlx_slim.slimming import proof
 from mlx_slim.slimming.build import SIZE
 from mlx_slim.slimming.candidates import Candidate
@@ -22,6 +21,7 @@ from mlx_slim.slimming.records import SlimReport, TaskClaim
 from mlx_slim.slimming.recovery import RECIPE, recipe_of
 from mlx_slim.slimming.request import request_of
 from mlx_slim.slimming.search import MODEL, Search, percent
+from mlx_slim.units import human_bytes
 
 _KIND = {
     "depth": ("--axis", "depth"),

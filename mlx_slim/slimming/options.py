@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.cluster import options as cluster_options
 from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
-from mlx_slim.config.section import MOST, PositiveInt
+from mlx_slim.config.values import MOST, PositiveInt, Strict
 from mlx_slim.errors import SlimError
 
 QUESTIONS = 1000  # of a task, where it has as many
@@ -46,13 +46,13 @@ class SlimOptions(PoolOptions):
     memory: int | None = None
     disk: int | None = None
     speed: float | None = None
-    context: Annotated[int, Field(ge=1, le=MOST, strict=True)] = field(
+    context: Annotated[int, Interval(ge=1, le=MOST), Strict()] = field(
         default=4096, metadata=option("Tokens of the cache that --memory counts.", metavar="N")
     )
     kv_bits: Literal[2, 4, 8] | None = field(
         default=None, metadata=option("Bits of the cache [16].", metavar="B")
     )
-    keep: Annotated[float, Field(gt=0, le=100)] | None = field(
+    keep: Annotated[float, Interval(gt=0, le=100)] | None = field(
         default=None,
         metadata=option("Percent of the original's score that must be shown to stay."),
     )

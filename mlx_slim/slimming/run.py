@@ -16,7 +16,6 @@ from mlx_slim.artifacts import write_json
 from mlx_slim.events import Notice, Observer
 from mlx_slim.reading import library_errors, read_object
 from mlx_slim.run_dir import RunDir
-from mlx_slim.runtime import human_seconds
 from mlx_slim.slimming.candidate_job import CANDIDATES, TARGETS
 from mlx_slim.slimming.conclusion import conclude
 from mlx_slim.slimming.folder import REPORT_FILE
@@ -24,6 +23,7 @@ from mlx_slim.slimming.options import SlimOptions, check
 from mlx_slim.slimming.records import SlimReport
 from mlx_slim.slimming.request import RUN, check_same, command_words
 from mlx_slim.slimming.search import MODEL, Search
+from mlx_slim.units import human_seconds
 
 
 def slim(

@@ -32,7 +32,7 @@ from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.pruning.run import VALIDATION_LENGTH
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import read_object
-from mlx_slim.runtime import human_bytes, memory_budget
+from mlx_slim.runtime import memory_budget
 from mlx_slim.slimming import build, proof, recovery
 from mlx_slim.slimming.build import MODEL
 from mlx_slim.slimming.candidate_job import (
@@ -49,6 +49,7 @@ from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, answer, paired, plan_questions
 from mlx_slim.slimming.records import CandidateRow, MeasuredSpeed
 from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
+from mlx_slim.units import human_bytes
 
 FEW = 3  # candidates that are recovered under a budget
 _RANK_ROWS = 8  # of VALIDATION_LENGTH tokens

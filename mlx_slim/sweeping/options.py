@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from annotated_types import Interval
 
 from mlx_slim.cluster.options import PoolOptions
 from mlx_slim.config.options import option
-from mlx_slim.config.section import Count, PositiveInt, Seed
+from mlx_slim.config.values import Count, PositiveInt, Seed
 from mlx_slim.errors import SlimError, did_you_mean
 
 Objective = Literal["validation_loss", "peak_memory"]
@@ -48,7 +48,7 @@ class SweepOptions(PoolOptions):
     pruner: PrunerName = field(
         default="median", metadata=option("Which trials end before their last step.")
     )
-    seeds: Annotated[Count, Field(le=100)] = field(
+    seeds: Annotated[Count, Interval(le=100)] = field(
         default=2, metadata=option("Other seeds to run the best trial again on.", metavar="N")
     )
     seed: Seed = field(default=0, metadata=option("Seed of the proposals.", metavar="N"))

@@ -23,12 +23,13 @@ from typing import Any
 
 from mlx_slim.config import library
 from mlx_slim.config.aliases import RECIPE, current_path
-from mlx_slim.config.load import COMMAND_LINE, Resolved, from_layers
+from mlx_slim.config.layers import COMMAND_LINE
+from mlx_slim.config.load import Resolved, from_layers
 from mlx_slim.config.problems import words_for
 from mlx_slim.config.read import read_mapping
 from mlx_slim.config.recipe_file import value_text
 from mlx_slim.config.schema import Recipe
-from mlx_slim.config.section import MOST
+from mlx_slim.config.values import MOST
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.finetuning.run_dir import FREE_ON_RESUME
 from mlx_slim.reading import JsonObject, short, shown

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_slim import events
 from mlx_slim.adapters.advice import rank_advice
-from mlx_slim.config.schema import AdapterConfig, Method, Recipe
+from mlx_slim.config.schema import AdapterConfig, Recipe
+from mlx_slim.config.values import Method
 from mlx_slim.finetuning.run import finetune
 from tests.support.runs import Recorder, recipe, write_rows
 from tests.support.tiny import TinyModels

@@ -104,7 +104,7 @@ def test_opting_out_leaves_mlx_alone(tmp_path: Path) -> None:
 
 
 def test_too_late_is_said_and_nothing_is_done(tmp_path: Path) -> None:
-    code = "import mlx.core, mlx_slim; print(mlx_slim.blas.status())"
+    code = "import mlx.core, mlx_slim.blas; print(mlx_slim.blas.status())"
     output = python("-c", code, MLX_SLIM_CACHE=str(tmp_path)).stdout
     assert "source='late'" in output
     assert "import mlx_slim before mlx.core" in output
@@ -124,14 +124,14 @@ def test_a_named_library_that_cannot_be_used_is_reported(
     other = tmp_path / "other.so"
     if content is not None:
         other.write_bytes(content)
-    code = "import mlx_slim; print(mlx_slim.blas.status())"
+    code = "import mlx_slim.blas; print(mlx_slim.blas.status())"
     output = python("-c", code, MLX_SLIM_BLAS=str(other)).stdout
     assert "source='none'" in output
     assert "cannot be used" in output
 
 
 def test_a_library_without_blas_is_refused(original: Path) -> None:
-    code = "import mlx_slim; print(mlx_slim.blas.status())"
+    code = "import mlx_slim.blas; print(mlx_slim.blas.status())"
     output = python("-c", code, MLX_SLIM_BLAS=str(original)).stdout  # its names have the prefix
     assert "does not export cblas_sgemm" in output
 
@@ -192,7 +192,7 @@ def test_the_module_prints_a_path_to_preload(original: Path, tmp_path: Path) -> 
     path = result.stdout.strip()
     assert Path(path).is_file()
     assert result.stderr == ""
-    code = "import mlx_slim; print(*vars(mlx_slim.blas.status()).values())"
+    code = "import mlx_slim.blas; print(*vars(mlx_slim.blas.status()).values())"
     again = python("-c", code, LD_PRELOAD=path, MLX_SLIM_CACHE=str(tmp_path)).stdout.split()
     assert again == ["preloaded", path]
     code = "import mlx.core as mx; print((mx.ones((64, 64)) @ mx.ones((64, 64))).sum().item())"

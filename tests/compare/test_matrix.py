@@ -22,7 +22,7 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import load
 from mlx_slim.models.tensors import folder_tensors
 from mlx_slim.quantization.apply import quantize_model
-from mlx_slim.runtime import human_bytes
+from mlx_slim.units import human_bytes
 
 SMALL = {
     "title": "small",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlx_slim.config.load import COMMAND_LINE, load_recipe
+from mlx_slim.config.layers import COMMAND_LINE
+from mlx_slim.config.load import load_recipe
 from mlx_slim.data.prepare import prepare
 from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.planner import choose as module

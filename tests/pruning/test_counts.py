@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_slim.models.build import build
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
+from mlx_slim.models.kinds import HEADS, HIDDEN, MLP
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.pruning.counts import count

@@ -14,7 +14,8 @@ import pytest
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
-from mlx_slim.pruning.depth import METHODS, angular_distance, block_influence, choose_layers
+from mlx_slim.pruning.depth import angular_distance, block_influence, choose_layers
+from mlx_slim.pruning.methods import OF_DEPTH
 from mlx_slim.pruning.surgery import without_layers
 from mlx_slim.runtime import to_float
 from tests.support.prune import ROWS, load_tiny, make_identity
@@ -44,7 +45,7 @@ def test_an_identity_layer_has_no_influence_and_goes(tmp_path: Path, architectur
     make_identity(structure.blocks(source.model)[2])
     scores = block_influence(source.model, ROWS, ())
     assert abs(scores[2]) < 1e-6 < 1e-4 < min(scores[:2] + scores[3:])
-    for method in METHODS:
+    for method in OF_DEPTH:
         if method != "random":
             removal = choose_layers(source.model, method, 1, [0, 1, 2, 3, 4], ROWS)
             assert method == "perplexity" or removal.layers == [2], method
@@ -106,7 +107,7 @@ def test_random_is_seeded_and_protection_holds(tmp_path: Path) -> None:
     }
     assert choose_layers(model, "random", 3, [2, 3, 4, 5], None, seed=5).layers == draws[5]
     assert len({tuple(layers) for layers in draws.values()}) > 1
-    for method in METHODS:
+    for method in OF_DEPTH:
         layers = choose_layers(model, method, 2, [3, 4, 5], ROWS).layers
         assert len(layers) == 2 and set(layers) <= {3, 4, 5}, method
     with pytest.raises(SlimError, match="4 layers cannot be removed"):

@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import HEADS, HIDDEN, MLP
 from mlx_slim.models.residual import residual
 from mlx_slim.models.route import watched
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
-from mlx_slim.pruning.importance import METHODS, group_importance
+from mlx_slim.pruning.importance import group_importance
+from mlx_slim.pruning.methods import OF_WIDTH
 from mlx_slim.pruning.scores import name_of
 from mlx_slim.runtime import to_float
 from tests.support.memory import reset_peak
@@ -150,7 +151,7 @@ def test_groups_of_zeros_are_worth_nothing(tmp_path: Path) -> None:
     model = load_tiny(tmp_path).model
     scale_groups(structure.blocks(model)[1], MLP, [7, 99], 0.0)
     scale_groups(structure.blocks(model)[1], HEADS, [1], 0.0)
-    for method in (m for m in METHODS if m not in ("random", "reap")):
+    for method in (m for m in OF_WIDTH if m not in ("random", "reap")):
         scores = group_importance(model, method, KINDS, ROWS)
         zero = np.flatnonzero(scores[name_of(1, MLP)] == 0)
         assert zero.tolist() == [7, 99], method
@@ -171,7 +172,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = load_tiny(tmp_path).model
     before = dict(tree_flatten(model.parameters()))
     kinds = [type(block) for block in structure.blocks(model)]
-    for method in (m for m in METHODS if m != "reap"):
+    for method in (m for m in OF_WIDTH if m != "reap"):
         group_importance(model, method, KINDS, ROWS)
     after = dict(tree_flatten(model.parameters()))
     assert before.keys() == after.keys()

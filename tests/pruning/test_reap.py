@@ -16,9 +16,9 @@ from mlx_lm import load as stock_load
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import build
+from mlx_slim.models.kinds import EXPERTS
 from mlx_slim.models.load import load
 from mlx_slim.models.mixtures import mixture_of
-from mlx_slim.models.structure import EXPERTS
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.pruning import surgery
 from mlx_slim.pruning.counts import count

@@ -13,6 +13,7 @@ import pytest
 from mlx_slim.artifacts import weight_sizes
 from mlx_slim.cli.main import run
 from mlx_slim.models import structure
+from mlx_slim.models.kinds import MLP
 from mlx_slim.models.load import load
 from mlx_slim.models.recorded_logits import RecordedLogits
 from mlx_slim.pruning.refit import best_ridge, refit, refitted
@@ -89,9 +90,9 @@ def test_a_layer_is_refitted_on_inputs_from_the_pruned_blocks_before_it(
 ) -> None:
     model, original = load(tiny(architecture)).model, load(tiny(architecture)).model
     stays = [np.arange(64), np.arange(128), np.arange(32, 128)]
-    left = refit(model, {structure.MLP: stays}, ROWS)
+    left = refit(model, {MLP: stays}, ROWS)
     assert len(left) == 2 and all(0 < one < 1 for one in left), "a layer that loses none stays"
-    family = structure.coupled(structure.blocks(original)[2])[structure.MLP]
+    family = structure.coupled(structure.blocks(original)[2])[MLP]
     inputs: list[np.ndarray] = []
     layers: Any = [structure.blocks(one)[2] for one in (original, model)]
     for name in family.output.split("."):

@@ -13,8 +13,8 @@ import pytest
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import WIDTHS, build, widths_of
+from mlx_slim.models.kinds import HEADS, HIDDEN, MLP
 from mlx_slim.models.load import Loaded
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.planner.shapes import leaves
 from mlx_slim.pruning import surgery
 from mlx_slim.pruning.counts import count

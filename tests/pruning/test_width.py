@@ -10,8 +10,8 @@ import pytest
 from mlx_slim.errors import SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.build import build
+from mlx_slim.models.kinds import HEADS, HIDDEN, MLP
 from mlx_slim.models.residual import residual
-from mlx_slim.models.structure import HEADS, HIDDEN, MLP
 from mlx_slim.planner.shipped_models import SHIPPED_CONFIGS
 from mlx_slim.pruning.counts import count
 from mlx_slim.pruning.width import (

@@ -19,9 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlx_slim.config.expressions import compile_value, names_in
-from mlx_slim.config.schema import SourceConfig
-from mlx_slim.config.task import MOST_SHOTS
+from mlx_slim.config.values import MOST_SHOTS
 from mlx_slim.data import sources
 from mlx_slim.data.mirror import SUFFIXES, records, split_file
 from mlx_slim.data.readers import count_lines, is_data
@@ -217,7 +215,7 @@ def _task_file(task: Task, name: str, split: str) -> Source:
     """Find a file beside the task's own file, else from the current directory."""
     for path in (task.file.parent / Path(name).expanduser(), Path(name).expanduser()):
         if path.is_file():
-            source = sources.find_local(SourceConfig(path=str(path), split=split))
+            source = sources.find_file(path, split)
             assert source is not None  # it exists
             return source
     raise SlimError(
@@ -235,6 +233,8 @@ def _on_hub(task: Task, split: str, looked: list[Path]) -> Source:
     hint = data.missing or f"put the rows into {place}"
     if not data.path:
         raise SlimError(f"task {task.name} has no rows: {nowhere}", hint)
+    from mlx_slim.config.schema import SourceConfig
+
     name = data.path + (f":{data.config}" if data.config else "")
     name += f"@{data.revision}" if data.revision else ""
     try:
@@ -250,6 +250,8 @@ def _on_hub(task: Task, split: str, looked: list[Path]) -> Source:
 
 def _read(task: Task, source: Source) -> Iterator[RawRow]:
     """Yield the rows of ``source`` that belong to the task, checked."""
+    from mlx_slim.config.expressions import compile_value
+
     spec = task.spec
     where = compile_value(spec.data.where) if spec.data.where else None
     checks = [_Check(path, kind) for path, kind in spec.fields.items()]
@@ -340,6 +342,8 @@ def _checksum(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
 
     Of a task that names no fields, all of them count.
     """
+    from mlx_slim.config.expressions import names_in  # Jinja: listing tasks needs none
+
     spec = task.spec
     names = sorted({path.split(".")[0] for path in spec.fields})
     if names:

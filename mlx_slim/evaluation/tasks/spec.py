@@ -13,7 +13,8 @@ from pathlib import Path
 
 from mlx_slim.config import library
 from mlx_slim.config.read import read_mapping
-from mlx_slim.config.task import MOST_SHOTS, TaskSpec, read_task
+from mlx_slim.config.task import TaskSpec, read_task
+from mlx_slim.config.values import MOST_SHOTS
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.reading import exists
 
@@ -98,7 +99,7 @@ def list_tasks() -> list[Task]:
 @lru_cache(maxsize=64)
 def _shipped(name: str) -> Task:
     file = library.find("evals", name)
-    return Task(read_task(file), file)
+    return Task(read_task(file, shipped=True), file)
 
 
 def suites() -> dict[str, dict[str, int]]:

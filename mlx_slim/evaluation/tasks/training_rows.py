@@ -11,7 +11,7 @@ preview smollm2-lora 'data.path=[{path: "task:gsm8k", limit: 3}]'``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from mlx_slim.artifacts import (
     write_json,
     write_text,
 )
-from mlx_slim.config.schema import TASK, SourceConfig
+from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data import sources
 from mlx_slim.data.overlap import words
 from mlx_slim.data.readers import is_data
@@ -31,9 +31,9 @@ from mlx_slim.data.sources import Source
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows
-from mlx_slim.evaluation.tasks.spec import Task, find_task, list_tasks
+from mlx_slim.evaluation.tasks.spec import Task, find_task
 from mlx_slim.models.lineage import RECORD, entries_of
-from mlx_slim.reading import JsonObject, exists
+from mlx_slim.reading import JsonObject
 
 _SYSTEM = Chat(lambda system, user: system)
 _USER = Chat(lambda system, user: user)
@@ -56,20 +56,6 @@ def is_scored(task: Task, split: str) -> bool:
     if data.path and is_data(data.path):
         return not is_data(split)
     return data.hub_splits.get(split, split) == data.hub_splits.get(data.split, data.split)
-
-
-def tasks_of(paths: Sequence[str]) -> list[str]:
-    """Return the tasks that sources of rows are of: ``task:NAME``, or a shipped task's examples."""
-    names = [path.removeprefix(TASK) for path in paths if path.startswith(TASK)]
-    files = {Path(path).expanduser().absolute() for path in paths if exists(Path(path))}
-    tasks = list_tasks() if files else []  # all are read
-    examples = {task.name: (task.file.parent, task.spec.data.shots) for task in tasks}
-    names += [
-        name
-        for name, (folder, shots) in examples.items()
-        if shots and (folder / shots).absolute() in files
-    ]
-    return list(dict.fromkeys(names))
 
 
 def question_key(question: Question) -> str:

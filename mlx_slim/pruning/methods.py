@@ -1,0 +1,19 @@
+"""Names of the methods that rank what is removed, and of the options that say how much stays.
+
+Invariant: importing this imports no MLX. Try it: ``mlx-slim prune --help``.
+"""
+
+from __future__ import annotations
+
+from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
+
+GRADIENT = ("taylor", "taylor2", "vector")
+OF_EXPERTS = ("reap", "l2", "random")
+OF_WIDTH = (*GRADIENT, "activation", "reap", "l2", "random")
+OF_DEPTH = ("block-influence", "angular", "perplexity", "random")
+SIZE_FLAGS = {
+    HEADS: "--kv-heads",
+    MLP: "--intermediate-size",
+    HIDDEN: "--hidden-size",
+    EXPERTS: "--experts",
+}
