@@ -33,7 +33,6 @@ from mlx_slim.adapters.saved import (
     train_in_full,
 )
 from mlx_slim.adapters.variants import start_pissa
-from mlx_slim.config.patterns import compile_pattern
 from mlx_slim.config.schema import AdapterConfig
 from mlx_slim.errors import SlimError, did_you_mean
 from mlx_slim.models.quantized import expert_types
@@ -80,11 +79,12 @@ def sites(model: Any) -> list[Site]:
     types = (*EMBEDDING_TYPES, *expert_types())
     transformer = blocks(model)
     indices = {id(block): index for index, block in enumerate(transformer)}
-    names = {id(module): path for path, module in model.named_modules() if id(module) in indices}
+    everything = in_order(model)  # once: a model has thousands of modules
+    names = {id(module): path for path, module in everything if id(module) in indices}
     prefixes = sorted(((names[key] + ".", index) for key, index in indices.items()), reverse=True)
-    carried = {id(adapter.base): path for path, adapter in adapters_of(model)}
+    carried = {id(m.base): path for path, m in everything if isinstance(m, Adapter)}
     matching = []
-    for path, module in in_order(model):
+    for path, module in everything:
         if is_linear(module) or isinstance(module, types):
             path = carried.get(id(module), path)
             prefix, block = next((p for p in prefixes if path.startswith(p[0])), ("", None))
@@ -138,6 +138,8 @@ def _matches(target: str, candidates: Collection[Site], rank: int) -> list[Site]
             and not (is_linear(s.module) and min(dimensions(s.module)) < least(s))
         ]
     if target.startswith("re:"):
+        from mlx_slim.config.patterns import compile_pattern
+
         try:
             pattern = compile_pattern(target[3:])
         except ValueError as error:
@@ -146,14 +148,19 @@ def _matches(target: str, candidates: Collection[Site], rank: int) -> list[Site]
     return [s for s in candidates if _ends_with(s.inside, target)]
 
 
-def choose(model: Any, config: AdapterConfig) -> list[Site]:
+def choose(model: Any, config: AdapterConfig, everything: list[Site] | None = None) -> list[Site]:
     """Return the layers that ``config`` selects, in the model's order.
+
+    Args:
+        model: With blocks.
+        config: Targets, layers and rank.
+        everything: ``sites(model)``, where the caller has it.
 
     Raises:
         SlimError: If a target matches nothing, or a block index is out of range.
     """
     chosen = _chosen_blocks(config.layers, len(blocks(model)))
-    everything = sites(model)
+    everything = sites(model) if everything is None else everything
     candidates = [s for s in everything if s.block is None or s.block in chosen]
     targets = [config.targets] if isinstance(config.targets, str) else config.targets
     selected: set[str] = set()

@@ -92,6 +92,8 @@ def choose_saved(model: nn.Module, names: Collection[str], adapted: Collection[s
     Raises:
         SlimError: If a name matches nothing, or a module has an adapter.
     """
+    if not names:
+        return []
     everything = candidates(model)
     chosen: set[str] = set()
     for name in names:

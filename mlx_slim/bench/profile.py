@@ -36,8 +36,8 @@ from mlx_slim.models import structure
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.reading import JsonObject
 from mlx_slim.threads import run_in_threads
+from mlx_slim.training.chunk_size import part_count
 from mlx_slim.training.cross_entropy import CrossEntropy, batch_arrays, supervised_rows
-from mlx_slim.training.step import part_count
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn  # isort: skip

@@ -10,6 +10,7 @@ SIGHUP). Try it: ``mlx-slim --help``.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -285,6 +286,7 @@ def main() -> NoReturn:
         code = run()
     except KeyboardInterrupt:  # while the error was printed
         code = Interrupted.exit_code
+    gc.freeze()  # the exit would look through all objects for cycles: a thirtieth of a plan
     if (ranks := sys.modules.get("mlx_slim.ranks.watch")) is not None:
         ranks.leave(code)
     for (

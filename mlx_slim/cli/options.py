@@ -7,12 +7,13 @@ minimum and a maximum. Try it: ``mlx-slim train --help``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import shlex
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import (
@@ -33,10 +34,12 @@ from mlx_slim.config import library
 from mlx_slim.config.options import KEY, CommandLine
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import NextStep
+from mlx_slim.progress import listening
 from mlx_slim.ranks.state import LEAST_TIMEOUT
 
 if TYPE_CHECKING:
     from mlx_slim.console import Console
+    from mlx_slim.events import Event
 
 Command = Callable[..., Any]
 
@@ -186,6 +189,26 @@ def alive() -> Console:
     from mlx_slim.console import Console
 
     return Console("plain", output=Terminal(stderr=True, highlight=False))
+
+
+@contextlib.contextmanager
+def alive_on_demand() -> Iterator[None]:
+    """Show progress as ``alive`` does, from the first stage on: before it no console is imported.
+
+    For a command that mostly opens no stage and then ends within a second.
+    """
+    with contextlib.ExitStack() as opened:
+
+        class OnDemand:
+            console: Console | None = None
+
+            def notify(self, event: Event) -> None:
+                if self.console is None:
+                    self.console = opened.enter_context(alive())
+                self.console.notify(event)
+
+        opened.enter_context(listening(OnDemand()))
+        yield
 
 
 def show_next(*steps: NextStep) -> None:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.cli.options import Whole, alive, recipe_names, refuse_model, show_next
+from mlx_slim.cli.options import (
+    Whole,
+    alive,
+    alive_on_demand,
+    recipe_names,
+    refuse_model,
+    show_next,
+)
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import step
 
@@ -218,7 +225,7 @@ def command(
     steps = None
     if probe:  # what trains imports mlx-lm
         from mlx_slim.finetuning.profile import probe as steps
-    with alive():
+    with alive_on_demand():
         prediction, note = plan(resolved.recipe, budget=budget, mac=mac, probe=steps)
     several = None
     if machines is not None and link is not None:

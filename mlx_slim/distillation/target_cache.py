@@ -37,9 +37,8 @@ from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import free_disk
 from mlx_slim.threads import run_in_threads
-from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.chunk_size import chunk_size, part_count
 from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows
-from mlx_slim.training.step import part_count
 from mlx_slim.units import human_bytes
 
 _VERSION = 1  # of the files: raise it when the same key would give other numbers

@@ -28,9 +28,8 @@ from mlx_slim.models import structure
 from mlx_slim.models.host_exponentials import host_exponentials
 from mlx_slim.models.logits import logsumexp
 from mlx_slim.threads import run_in_threads
-from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.chunk_size import chunk_size, part_count
 from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows
-from mlx_slim.training.step import part_count
 
 _NOTHING = -1e30  # logit of a token that is left out of a sum
 

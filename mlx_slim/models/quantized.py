@@ -16,7 +16,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -388,9 +388,14 @@ def has_quantized_form(module: nn.Module) -> bool:
     A model class may have a layer whose ``to_quantized`` takes no mode (afm7); stock mlx-lm cannot
     quantize such a model at all, and here that layer is left out.
     """
-    if "weight" not in module or not hasattr(module, "to_quantized"):
+    return "weight" in module and _quantizes_in_any_mode(type(module))
+
+
+@lru_cache(maxsize=256)
+def _quantizes_in_any_mode(layer: type[nn.Module]) -> bool:
+    if not hasattr(layer, "to_quantized"):
         return False
-    parameters = inspect.signature(module.to_quantized).parameters.values()  # type: ignore[arg-type]
+    parameters = inspect.signature(layer.to_quantized).parameters.values()  # type: ignore[attr-defined]
     return any(one.name == "mode" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from mlx_slim.config.schema import Recipe
 from mlx_slim.planner.shapes import Block, TrainingShapes
 from mlx_slim.runtime import default_num_threads
-from mlx_slim.training.chunk_size import chunk_size
-from mlx_slim.training.step import part_count
+from mlx_slim.training.chunk_size import chunk_size, part_count
 
 # Arrays that are stored for a block until its backward pass. ``width``: the inputs of attention
 # and MLP; ``norms``: the output of each; ``queries``: rotated queries, attention's output;

@@ -8,12 +8,14 @@ dropped for their length are not counted. Try it:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from mlx_slim.artifacts import public_name
 from mlx_slim.config.distill import DistillConfig
 from mlx_slim.config.preference import PreferenceRows
 from mlx_slim.config.schema import DataConfig, Recipe, SourceConfig
@@ -23,12 +25,11 @@ from mlx_slim.data.preference_rows import read_answers
 from mlx_slim.data.readers import count_lines
 from mlx_slim.data.sources import RawRow, find_local
 from mlx_slim.data.split import quotas
-from mlx_slim.evaluation.tasks.rows import load_rows, local_rows
-from mlx_slim.evaluation.tasks.spec import find_task
-from mlx_slim.evaluation.tasks.training_rows import training_rows, with_split
+from mlx_slim.progress import stage
 
 CHARACTERS_PER_TOKEN = 4.3  # English text in the tokenizers of the shipped recipes
 TEMPLATE_TOKENS = 40  # of a chat template or Alpaca's
+_LARGE = 1 << 24  # bytes of files that take a moment to count
 SAMPLE = 256  # rows of a source that are read
 SUPERVISED = 0.6  # fraction of the tokens of Alpaca-like rows that are answers
 # tatsu-lab/alpaca: 52,002 rows, about 520 characters each under the Alpaca template.
@@ -159,6 +160,11 @@ def _local(
     extra = 1 if data.template == "plain" else TEMPLATE_TOKENS
     files: Sequence[Path] | None = None  # None: only counting tells how many rows there are
     if config.task is not None:
+        # Imported here: Jinja and what reads tasks are a tenth of what a plan takes.
+        from mlx_slim.evaluation.tasks.rows import load_rows, local_rows
+        from mlx_slim.evaluation.tasks.spec import find_task
+        from mlx_slim.evaluation.tasks.training_rows import training_rows, with_split
+
         task = with_split(find_task(config.task), config.split)
         if local_rows(task) is None:
             return None
@@ -174,12 +180,14 @@ def _local(
     measured = [one for row in first for one in _lengths(row, config, data, extra, compared)]
     sample = np.array([sizes for *sizes, _ in measured]).reshape(-1, 3)
     begin = _common_start([text for tokens, *_, text in measured if tokens])
-    lines = [None] if files is None else [count_lines(file) for file in files]
-    if None in lines:
-        count = sum(1 for _ in chain(first, rest))
-    else:
-        total = sum(number or 0 for number in lines)
-        count = max(0, min(total - config.skip, config.limit or total))
+    large = files is None or sum(file.stat().st_size for file in files) > _LARGE
+    with stage(f"counting the rows of {public_name(config.path)}") if large else nullcontext():
+        lines = [None] if files is None else [count_lines(file) for file in files]
+        if None in lines:
+            count = sum(1 for _ in chain(first, rest))
+        else:
+            total = sum(number or 0 for number in lines)
+            count = max(0, min(total - config.skip, config.limit or total))
     return count, sample, begin
 
 

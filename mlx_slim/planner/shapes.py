@@ -160,7 +160,12 @@ def _first(config: ModelConfig, *keys: str, default: int) -> int:
 
 
 def _blocks(
-    model: Any, config: ModelConfig, chosen: list[Site], width: int, attention: list[Attention]
+    model: Any,
+    config: ModelConfig,
+    everything: list[Site],
+    chosen: list[Site],
+    width: int,
+    attention: list[Attention],
 ) -> list[Block]:
     config = {**config, **(config.get("text_config") or {})}
     heads = _first(config, "num_attention_heads", "n_head", "n_heads", default=max(1, width // 64))
@@ -168,7 +173,6 @@ def _blocks(
     head_dim = _first(config, "head_dim", default=max(1, width // heads))
     experts = _first(config, "num_experts_per_tok", default=1)
     silu = config.get("hidden_act", "silu") in ("silu", "swish")
-    everything = sites(model)
     varied = config.get(WIDTHS) or [{}] * len(model.layers)
     result = []
     for index, block in enumerate(model.layers):
@@ -231,15 +235,16 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
             trains a quantized model in full.
     """
     model, attention = modules_of(config)
-    dense = build({**config, "quantization": None}) if is_quantized(model) else model
+    quantized = is_quantized(model)
+    dense = build({**config, "quantization": None}) if quantized else model
     parameters = sum(value.size for _, value in leaves(dense))
     to_dtype(model, DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), mx.bfloat16))
     stored = {path: value.nbytes for path, value in leaves(model)}
     to_dtype(model, dtype)
     cast = {path: value.nbytes for path, value in leaves(model)}
-    if is_quantized(model):
+    if quantized:
         refuse_quantized(recipe)
-    quantized_here = recipe.method == "qlora" and not is_quantized(model)
+    quantized_here = recipe.method == "qlora" and not quantized
     chosen_formats: dict[str, LayerFormat] = {}
     if quantized_here:
         chosen_formats = make_policy(model, recipe.quantize).chosen
@@ -253,16 +258,18 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
                 asdict(chosen_formats[path]) if path in chosen_formats else False
             ),
         )
+        quantized = is_quantized(model)
     retained = {path: value.nbytes for path, value in leaves(model)}
     modules = dict(model.named_modules())
     rounds = make_policy(model, recipe.quantize).chosen if recipe.quantize.qat else {}
     rounded_bytes = sum(modules[path]["weight"].nbytes for path in rounds)
+    everything = sites(model)
     chosen: list[Site] = []
     frozen = 0
     if recipe.method == "full":
         trainable = {path: (value.shape, value.dtype) for path, value in leaves(model)}
     else:
-        chosen = choose(model, recipe.adapter)
+        chosen = choose(model, recipe.adapter, everything)
         trainable, rank = {}, recipe.adapter.rank
         for site in chosen:
             inputs, outputs = dimensions(site.module)
@@ -291,11 +298,11 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
     one_copy = sum(value.nbytes for _, value in leaves(bag))
     numbers = sum(value.size for _, value in leaves(bag))
     state = Optimizer(bag, recipe.train).state()
-    embeddings = [s for s in sites(model) if s.block is None]
+    embeddings = [s for s in everything if s.block is None]
     vocabulary, width = max((_table(s) for s in embeddings), default=(1, 1))
     return TrainingShapes(
         parameters=parameters,
-        quantized=is_quantized(model),
+        quantized=quantized,
         base_bytes=sum(retained.values()),
         loading_bytes=_loading_bytes(stored, cast, retained, list(chosen_formats)),
         quantized_here=quantized_here,
@@ -305,7 +312,7 @@ def training_shapes(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Tra
         trainable_bytes=one_copy,
         gradient_bytes=numbers * FULL_PRECISION_BYTES,
         optimizer_bytes=sum(value.nbytes for value in state.values()),
-        blocks=_blocks(model, config, chosen, width, attention),
+        blocks=_blocks(model, config, everything, chosen, width, attention),
         vocabulary=vocabulary,
         width=width,
         head_trains=recipe.method == "full" or _trains_head(model, trainable),

@@ -7,8 +7,10 @@ that uses them needs no network and reports them as its source. Try it:
 
 from __future__ import annotations
 
+from mlx_slim.artifacts import public_name
 from mlx_slim.config.schema import Recipe
 from mlx_slim.models.load import read_config
+from mlx_slim.progress import stage
 from mlx_slim.reading import ModelConfig
 
 _LLAMA_1_2 = {
@@ -102,4 +104,6 @@ def model_config(recipe: Recipe) -> tuple[ModelConfig, str]:
     """
     if recipe.model in SHIPPED_CONFIGS:
         return SHIPPED_CONFIGS[recipe.model], "shapes from the table shipped with mlx-slim"
-    return read_config(recipe.model, recipe.revision), "shapes from the model's config.json"
+    with stage(f"reading the configuration of {public_name(recipe.model)}"):
+        config = read_config(recipe.model, recipe.revision)
+    return config, "shapes from the model's config.json"

@@ -21,10 +21,9 @@ from mlx_slim.models import structure
 from mlx_slim.models.logits import token_nll
 from mlx_slim.models.prefix_attention import prefix_attention
 from mlx_slim.threads import run_in_threads
-from mlx_slim.training.chunk_size import chunk_size
+from mlx_slim.training.chunk_size import chunk_size, part_count
 from mlx_slim.training.cross_entropy import batch_arrays, supervised_rows
 from mlx_slim.training.log_probs import target_log_probs
-from mlx_slim.training.step import part_count
 
 
 class RowScorer:

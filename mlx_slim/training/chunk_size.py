@@ -1,4 +1,4 @@
-"""How many positions get logits at one time.
+"""How many positions get logits at one time, and into how many shards a batch is cut.
 
 Invariant: the logits that exist at one time are bounded in bytes whatever batch and vocabulary are;
 gradients do not depend on the number. Try it: ``mlx-slim train smollm2-lora train.loss_chunk=128``.
@@ -10,6 +10,7 @@ from mlx_slim.runtime import device_memory, on_gpu
 
 CHUNK_LOGITS = 1 << 23  # 8.4 M float32 logits: 34 MB each time a chunk of them is held on a CPU
 CHUNK_POSITIONS = 512  # of a chunk on a GPU
+PART_TOKENS = 256  # below this a shard of a batch is not worth its overhead
 GPU_FRACTION = 128  # one float32 copy of a chunk takes at most 1/128 of a GPU's memory
 
 
@@ -38,3 +39,11 @@ def chunk_size(
     if not gpu_bytes:
         return max(32, CHUNK_LOGITS // (vocabulary * num_threads))
     return max(32, min(CHUNK_POSITIONS, gpu_bytes // (GPU_FRACTION * 4 * vocabulary * num_threads)))
+
+
+def part_count(num_threads: int, tokens: int) -> int:
+    """Return into how many shards ``num_threads`` threads cut a batch of ``tokens`` positions.
+
+    Two shards a thread, where they are worth it: then half of the batch is in memory at a time.
+    """
+    return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))

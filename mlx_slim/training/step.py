@@ -31,22 +31,13 @@ from mlx_slim.runtime import on_gpu, return_free_memory, to_float, world
 from mlx_slim.sharding.model import ShardedModel
 from mlx_slim.threads import run_in_threads
 from mlx_slim.training.blockwise import Blockwise
+from mlx_slim.training.chunk_size import part_count
 from mlx_slim.training.chunks import IDLE, Chunk, in_step
 from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.objective import Objective
 from mlx_slim.training.optim import set_trainable, trainable
 from mlx_slim.training.ranks import random_unit, sum_gradients, sum_numbers
 from mlx_slim.training.step_result import StepResult, means
-
-PART_TOKENS = 256  # below this a shard of a batch is not worth its overhead
-
-
-def part_count(num_threads: int, tokens: int) -> int:
-    """Return into how many shards ``num_threads`` threads cut a batch of ``tokens`` positions.
-
-    Two shards a thread, where they are worth it: then half of the batch is in memory at a time.
-    """
-    return 1 if num_threads == 1 else min(2 * num_threads, max(num_threads, tokens // PART_TOKENS))
 
 
 class Stepper:

@@ -14,7 +14,7 @@ from mlx_slim.bench.options import BenchTrainOptions
 from mlx_slim.bench.sides import RANK, TrainWork, training
 from mlx_slim.cli.bench import _show_profile
 from mlx_slim.models import structure
-from mlx_slim.training.step import part_count
+from mlx_slim.training.chunk_size import part_count
 from tests.support.runs import write_rows
 from tests.support.tiny import TinyModels
 
