@@ -23,7 +23,7 @@ PACKAGE = ROOT / "mlx_slim"
 FLOORS = (
     {"errors", "interrupts"},
     {"children", "locks", "ranks", "reading"},
-    {"tensor_files"},
+    {"tensor_files", "units"},
     {"events", "next_steps"},
     {"progress", "round_events"},
     {"hashing"},
@@ -57,6 +57,7 @@ OPEN_MAPPINGS = "mlx_slim/reading.py"
 MARKER = "<!-- tree -->"
 # imported name -> distribution, where they differ
 DISTRIBUTION = {
+    "annotated_types": "annotated-types",
     "lm_eval": "lm-eval",
     "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",

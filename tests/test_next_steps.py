@@ -14,8 +14,8 @@ import pytest
 from mlx_slim.artifacts import write_json
 from mlx_slim.cli.main import command
 from mlx_slim.cli.options import show_next
+from mlx_slim.evaluation.tasks.examples import task_to_score
 from mlx_slim.finetuning.demo import data_files
-from mlx_slim.finetuning.run_dir import task_to_score
 from mlx_slim.next_steps import (
     GENERAL_TASK,
     YOUR_TASK,

@@ -128,7 +128,8 @@ def command(
 
 def _after(out: Path, tasks: tuple[str, ...]) -> list[NextStep]:
     """Return the suggested commands after a run with --recover or --task."""
-    from mlx_slim.finetuning.run_dir import STATE_FILE, read_result, sources_of, task_to_score
+    from mlx_slim.evaluation.tasks.examples import task_to_score
+    from mlx_slim.finetuning.run_dir import STATE_FILE, read_result, sources_of
     from mlx_slim.pruning.records import MODEL, RECOVER
     from mlx_slim.reading import read_object
 

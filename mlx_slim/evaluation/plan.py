@@ -391,10 +391,9 @@ def _trained_on(
 def _check_disk(out: Path, jobs: list[ScoringJob]) -> None:
     """Refuse a disk that cannot hold the samples."""
     needed = _MIN_DISK + sum(_SAMPLE_BYTES * job.chunks[-1].stop for job in jobs)
-    free = runtime.free_disk(out)
-    if free < needed:
+    if (free := runtime.free_disk(out)) < needed:
+        size = human_bytes(needed)
         raise ResourceError(
-            f"the disk has {human_bytes(free)} free for {out}, "
-            f"the results need about {human_bytes(needed)}",
+            f"the disk has {human_bytes(free)} free for {out}, the results need about {size}",
             "free some space, or choose another output folder",
         )

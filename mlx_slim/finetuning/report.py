@@ -18,6 +18,7 @@ from markupsafe import Markup
 from mlx_slim.artifacts import write_text
 from mlx_slim.data.ledger import LEDGER_FILE
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.examples import task_to_score
 from mlx_slim.finetuning.curves import Level, Series, chart, smooth
 from mlx_slim.finetuning.logged import events_of
 from mlx_slim.finetuning.policy_charts import policy_charts, reward_curve
@@ -31,7 +32,6 @@ from mlx_slim.finetuning.run_dir import (
     command_words,
     current_recipe,
     sources_of,
-    task_to_score,
 )
 from mlx_slim.locks import is_locked
 from mlx_slim.next_steps import NextStep, after_run, step

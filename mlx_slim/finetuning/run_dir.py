@@ -24,11 +24,11 @@ from mlx_slim.artifacts import SCHEMA_VERSION, write_json, write_text
 from mlx_slim.config.aliases import RECIPE, rename
 from mlx_slim.config.layers import COMMAND_LINE
 from mlx_slim.data.ledger import LEDGER_FILE, RowTotals
-from mlx_slim.data.readers import is_data
 from mlx_slim.errors import SlimError
+from mlx_slim.evaluation.tasks.examples import task_to_score
 from mlx_slim.finetuning.reward_source import check_same_reward
-from mlx_slim.next_steps import GENERAL_TASK, YOUR_TASK, NextStep, after_run
-from mlx_slim.reading import JsonObject, exists, field, library_errors, read_object, short
+from mlx_slim.next_steps import NextStep, after_run
+from mlx_slim.reading import JsonObject, field, library_errors, read_object, short
 from mlx_slim.run_dir import RunDir, RunKind
 from mlx_slim.units import human_bytes, human_seconds
 
@@ -355,19 +355,6 @@ def sources_of(recipe: Mapping[str, Any]) -> list[str]:
     """Return the sources of rows that the recipe in a run's record names."""
     path = recipe["data"]["path"]
     return [path] if isinstance(path, str) else [one["path"] for one in path]
-
-
-def task_to_score(rows: Sequence[str]) -> str:
-    """Return the task that shows what a run on these rows learned.
-
-    Rows of tasks: those tasks; files of the user: a task file of the user; else a general task.
-    """
-    from mlx_slim.evaluation.tasks.examples import tasks_of
-
-    if tasks := tasks_of(rows):
-        return ",".join(tasks)
-    local = any(is_data(path) or exists(Path(path)) for path in rows)
-    return YOUR_TASK if local else GENERAL_TASK
 
 
 def _split(totals: RowTotals) -> str:

@@ -21,7 +21,7 @@ from mlx_slim.models import rope_install, structure
 from mlx_slim.models.activations import use_tanh_gelu
 from mlx_slim.models.kinds import HEADS, MLP
 from mlx_slim.models.normalize import HEAD_BY_FILE
-from mlx_slim.models.quantized import has_quantized_form
+from mlx_slim.models.quantizable import has_quantized_form
 from mlx_slim.models.reference import reference_of
 from mlx_slim.models.rope_support import support_of
 from mlx_slim.reading import JsonObject, ModelConfig, library_errors

@@ -12,11 +12,10 @@ Shapes: M rows, I input width, O output width, Q packed input width.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -380,23 +379,6 @@ def densify_pays(model: nn.Module) -> bool:
     from mlx_lm.utils import get_total_parameters
 
     return 4 * get_total_parameters(model) < DENSE_FRACTION * device_memory()
-
-
-def has_quantized_form(module: nn.Module) -> bool:
-    """Return whether ``module`` is a dense layer that can be quantized in any mode.
-
-    A model class may have a layer whose ``to_quantized`` takes no mode (afm7); stock mlx-lm cannot
-    quantize such a model at all, and here that layer is left out.
-    """
-    return "weight" in module and _quantizes_in_any_mode(type(module))
-
-
-@lru_cache(maxsize=256)
-def _quantizes_in_any_mode(layer: type[nn.Module]) -> bool:
-    if not hasattr(layer, "to_quantized"):
-        return False
-    parameters = inspect.signature(layer.to_quantized).parameters.values()  # type: ignore[attr-defined]
-    return any(one.name == "mode" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def is_quantized(model: nn.Module) -> bool:

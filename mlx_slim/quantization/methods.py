@@ -23,9 +23,9 @@ import mlx.nn as nn
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import ResourceError, SlimError, did_you_mean
+from mlx_slim.models.quantizable import has_quantized_form
 from mlx_slim.models.quantized import (
     LayerFormat,
-    has_quantized_form,
     quantize_into_fast,
     use_fast_matmul,
 )

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError, did_you_mean
-from mlx_slim.models.quantized import LayerFormat, has_quantized_form
+from mlx_slim.models.quantizable import has_quantized_form
+from mlx_slim.models.quantized import LayerFormat
 from mlx_slim.models.structure import blocks_path
 from mlx_slim.reading import JsonObject
 

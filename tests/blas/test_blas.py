@@ -87,6 +87,16 @@ def test_mlx_computes_with_the_copy_and_computes_right(original: Path, tmp_path:
     assert output == ["scipy-openblas32", str(copy)]
 
 
+def test_the_library_is_looked_for_when_mlx_is_imported(original: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, mlx_slim; print('mlx_slim.blas' in sys.modules)\n"
+        "import mlx.core; print(mlx_slim.blas._status.source, len(sys.meta_path))\n"
+        "import mlx.core; mlx_slim.blas.activate(); print(len(sys.meta_path))"
+    )
+    before, after, again = python("-c", code, MLX_SLIM_CACHE=str(tmp_path)).stdout.splitlines()
+    assert before == "False" and after.split() == ["scipy-openblas32", again]
+
+
 def test_it_finds_itself_and_not_the_reference_blas_of_mlx(original: Path, tmp_path: Path) -> None:
     code = (
         "import mlx_slim, mlx.core, ctypes\n"
@@ -247,7 +257,7 @@ def test_soname_differs_from_the_original(original: Path) -> None:
 
 def test_threads_are_the_physical_cores_unless_the_user_says_otherwise(original: Path) -> None:
     code = (
-        "import ctypes, mlx_slim; print(ctypes.CDLL(None).openblas_get_num_threads(), "
+        "import ctypes, mlx_slim, mlx.core; print(ctypes.CDLL(None).openblas_get_num_threads(), "
         "mlx_slim.blas.physical_cores())"
     )
     threads = dict.fromkeys(blas._THREADS, "")
@@ -262,7 +272,7 @@ def test_who_computes_beside_it_leaves_it_one_thread(original: Path) -> None:
     code = """
 import ctypes
 from mlx_slim import blas
-import numpy as np
+import mlx.core, numpy as np
 libraries = [(ctypes.CDLL(None), "openblas_{}"), *blas._numpy_openblas()]
 def threads(): return [getattr(one, form.format("get_num_threads"))() for one, form in libraries]
 print(*threads())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SLOW = {"mlx_lm", "transformers", "datasets"}  # seconds each
-HEAVY = SLOW | {"mlx.core", "rich", "numpy", "optuna", "jinja2"}
+HEAVY = SLOW | {"mlx.core", "rich", "numpy", "optuna", "jinja2", "pydantic"}
 
 
 def imported_by(code: str) -> tuple[str, str]:
