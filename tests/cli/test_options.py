@@ -5,9 +5,11 @@ Options and fields are found by walking over all of them, so that a new one is h
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -15,10 +17,12 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from mlx_slim.cli import main as entry
+from mlx_slim.cli import options
 from mlx_slim.compare.matrix import MatrixSpec
 from mlx_slim.config.schema import Recipe
 from mlx_slim.config.section import Section
 from mlx_slim.config.task import TaskSpec
+from mlx_slim.progress import listener, stage
 from mlx_slim.pruning.options import PruneOptions
 
 
@@ -144,3 +148,21 @@ def test_the_walk_finds_the_keys() -> None:
         "QueryConfig.timeout",
         "SourceConfig.weight",
     }
+
+
+def test_a_console_is_opened_by_the_first_stage_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+
+    @contextlib.contextmanager
+    def alive() -> Iterator[Any]:
+        heard.append("opened")
+        yield SimpleNamespace(notify=lambda event: heard.append(event.stage))
+        heard.append("closed")
+
+    monkeypatch.setattr(options, "alive", alive)
+    with options.alive_on_demand():
+        assert listener() is not None
+    assert heard == [] and listener() is None
+    with options.alive_on_demand(), stage("reading rows"):
+        assert heard == ["opened", "reading rows"]
+    assert heard == ["opened", "reading rows", "reading rows", "closed"] and listener() is None
