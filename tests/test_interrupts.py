@@ -101,7 +101,7 @@ INTERRUPTING = """
 import os, signal, sys
 seen = []
 def hear(event, arguments):
-    if event == "import" and (seen or arguments[0] == "mlx_slim.blas"):
+    if event == "import" and (seen or arguments[0] == "mlx_slim.cli"):
         seen.append(arguments[0])
         if len(seen) == {moment}:
             os.kill(os.getpid(), signal.SIGINT)
