@@ -65,9 +65,8 @@ class Stage:
     def report(self, *, finished: bool = False) -> None:
         """Tell the listener, if there is one."""
         if self._listener is not None:
-            from mlx_slim.events import (
-                StageProgress,  # thirty classes: a tenth of a command's start
-            )
+            # Imported here: the thirty classes of that module are a tenth of a command's start.
+            from mlx_slim.events import StageProgress
 
             event = StageProgress(self.name, self.done, self.total, self.unit, finished)
             self._listener.notify(event)

@@ -13,7 +13,7 @@ import functools
 import math
 import shlex
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import (
@@ -217,6 +217,17 @@ def show_next(*steps: NextStep) -> None:
     click.echo("next:", err=True)
     for one in steps:
         click.echo(f"  {one.why:<{width}}  {one.command}", err=True)
+
+
+def show_columns(rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Print a table: its headings first; columns of the headings in ``right`` end at one place."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if heading in right else cell.ljust(width)
+            for heading, cell, width in zip(rows[0], row, widths, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
 def refuse_model(name: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from mlx_slim.cli.options import show_next
+from mlx_slim.cli.options import show_columns, show_next
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import step
 
@@ -29,10 +29,7 @@ def _list() -> None:
         # The planner's figure, as a test holds: predicting it here would import MLX.
         peak = _PEAK.search(library.find("recipes", name).read_text(encoding="utf-8"))
         rows.append((name, recipe["method"], peak[1] if peak else "", recipe["model"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        click.echo("  ".join(cells).rstrip())
+    show_columns(rows)
     click.echo(
         "\nmemory: predicted peak on the smallest Mac that holds it (bfloat16); "
         "for this machine: mlx-slim plan RECIPE"

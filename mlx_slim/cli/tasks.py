@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_slim.cli.options import Whole, show_next
+from mlx_slim.cli.options import Whole, show_columns, show_next
 from mlx_slim.config.values import MOST_SHOTS
 from mlx_slim.errors import SlimError
 from mlx_slim.next_steps import score, step
@@ -50,13 +50,7 @@ def _list(data_dir: str | None, as_json: bool) -> None:
         first, *others = task.metrics
         table.append((task.name, str(task.version), kind, shown, shots, first, task.spec.licence))
         table += [("", "", "", "", "", metric, "") for metric in others]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        cells = [
-            cell.rjust(width) if heading in ("version", "rows", "shots") else cell.ljust(width)
-            for heading, cell, width in zip(table[0], row, widths, strict=True)
-        ]
-        click.echo("  ".join(cells).rstrip())
+    show_columns(table, right=("version", "rows", "shots"))
     for name, members in suites().items():
         shots = ", ".join(f"{task} {number}-shot" for task, number in members.items())
         click.echo(f"suite {name}: {shots}")
