@@ -21,6 +21,8 @@ from mlx_slim.progress import stage
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
 
+    from mlx_slim.sweeping.records import SweepReport
+
 
 @click.command("report", epilog="Example: mlx-slim report runs/smollm2-lora --watch")
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -91,13 +93,14 @@ def command(folder: Path, verify: bool, watch: bool, port: int) -> None:
 
 def _search(folder: Path, verify: bool, live: bool) -> None:
     """Write the page of a search, or count it again."""
+    from mlx_slim.slimming.records import read_report
     from mlx_slim.slimming.report import write_page
-    from mlx_slim.slimming.run import read_report
-    from mlx_slim.slimming.verify import verify as check
 
     if live:
         raise SlimError(f"{folder} is a finished search", "leave --watch and --port out")
     if verify:
+        from mlx_slim.slimming.verify import verify as check
+
         counted = check(folder)
         click.echo(
             f"{counted.numbers:,} numbers of {counted.candidates} scored candidates recomputed "
@@ -118,14 +121,14 @@ def _sweep(folder: Path, verify: bool, live: bool) -> None:
     Raises:
         SlimError: If they differ.
     """
-    from mlx_slim.sweeping.conclusion import collect
+    from mlx_slim.sweeping.folder import REPORT_FILE, WINNER
+    from mlx_slim.sweeping.records import read_report
     from mlx_slim.sweeping.report import write_page
-    from mlx_slim.sweeping.run import WINNER, read_report, report_of
 
     if live:
         raise SlimError(f"{folder} is a sweep", "leave --watch and --port out")
     if verify:
-        again, stored = collect(folder), read_report(folder)
+        again, stored = _collected(folder), read_report(folder)
         if replace(again, provenance=stored.provenance) != stored:
             raise SlimError(
                 f"{folder}/sweep.json is not what its trials give",
@@ -133,13 +136,21 @@ def _sweep(folder: Path, verify: bool, live: bool) -> None:
             )
         click.echo(f"the report of {len(stored.rows)} trials follows from their records")
         return
-    report = report_of(folder)
+    finished = (folder / REPORT_FILE).is_file()
+    report = read_report(folder) if finished else _collected(folder)
     page = write_page(folder, report)
     click.echo(report.headline)
     click.echo(f"report: {page}")
     winner = folder / WINNER
     best = step("train with the best values", "mlx-slim", "train", winner, "-o", "runs/best")
     show_next(look_at(page), *([best] if winner.exists() else []))
+
+
+def _collected(folder: Path) -> SweepReport:
+    """Return the report of a sweep as far as it has come, from the records of its trials."""
+    from mlx_slim.sweeping.conclusion import collect  # Optuna's: a finished sweep needs none of it
+
+    return collect(folder)
 
 
 def _pruning_facts(folder: Path) -> list[str]:

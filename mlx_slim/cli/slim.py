@@ -83,9 +83,9 @@ def command(
         return
     if out is None:
         raise SlimError("no output folder", "set -o DIR")
+    from mlx_slim.slimming.folder import MODEL
     from mlx_slim.slimming.report import write_page
     from mlx_slim.slimming.run import slim
-    from mlx_slim.slimming.search import MODEL
 
     output = RichConsole(highlight=False, stderr=as_json)
     with Console("quiet" if as_json else "plain", output=output) as console:

@@ -119,7 +119,8 @@ def _one(out: Path | None, name: str, quiet: bool) -> None:
         SlimError: If there is no such trial.
     """
     from mlx_slim.console import Console
-    from mlx_slim.sweeping.trial import REQUEST, run_trial
+    from mlx_slim.sweeping.folder import REQUEST
+    from mlx_slim.sweeping.trial import run_trial
 
     if out is None:
         raise SlimError("no sweep to run a trial of", "set -o DIR")

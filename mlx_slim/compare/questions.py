@@ -16,8 +16,6 @@ from mlx_slim.compare.matrix_spec import ForgettingEntry, MatrixSpec, TaskEntry
 from mlx_slim.compare.records import FORGETTING, ForgettingText
 from mlx_slim.config.task import TaskSpec
 from mlx_slim.errors import SlimError
-from mlx_slim.evaluation.jobs import definition_record
-from mlx_slim.evaluation.scoring.perplexity import read_texts
 from mlx_slim.evaluation.tasks.prompts import Chat, Question, build_questions
 from mlx_slim.evaluation.tasks.rows import TaskRows, load_rows, shots_checksum
 from mlx_slim.evaluation.tasks.spec import Task, find_task
@@ -175,6 +173,8 @@ def _of_task(task: Task, entry: TaskEntry) -> _Stored:
             "tasks that do",
             "score it with mlx-slim eval, or predict its texts: forgetting: {task: wikitext}",
         )
+    from mlx_slim.evaluation.jobs import definition_record  # what scores: no page of a matrix does
+
     rows = load_rows(task)
     shots = task.num_fewshot if entry.num_fewshot is None else entry.num_fewshot
     lines = [
@@ -186,6 +186,8 @@ def _of_task(task: Task, entry: TaskEntry) -> _Stored:
 
 def _forgetting(entry: ForgettingEntry) -> tuple[_Stored, ForgettingText]:
     """Return the forgetting texts, and their description."""
+    from mlx_slim.evaluation.scoring.perplexity import read_texts
+
     if entry.path is not None:
         texts, name = read_texts(Path(entry.path)).documents[: entry.rows], Path(entry.path).name
     elif entry.task is not None:

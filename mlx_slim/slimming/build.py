@@ -32,12 +32,13 @@ from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
-from mlx_slim.slimming.candidates import Candidate, Cut
+from mlx_slim.slimming.candidate import Candidate, Cut
+from mlx_slim.slimming.folder import MODEL
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.records import MeasuredSpeed
 from mlx_slim.slimming.recovery import recover, recovers
 
-MODEL, SIZE = "model", "size.json"  # in the folder of a candidate
+SIZE = "size.json"  # in the folder of a candidate
 _SPEED_PROMPT, _SPEED_ANSWER, _SPEED_ROUNDS = 512, 64, 3
 
 

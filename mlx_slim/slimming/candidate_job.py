@@ -23,12 +23,12 @@ from mlx_slim.events import Observer
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.reading import library_errors, read_object
 from mlx_slim.slimming import build, recovery
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.folder import CANDIDATES, MODEL, SCORES, TARGETS
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.questions import TaskPlan, answer
 
-CANDIDATES, SCORES = "candidates", "scores"
-REQUEST, FAILURE, TARGETS = "job.json", "failed.json", "targets"  # in the folder of a candidate
+REQUEST, FAILURE = "job.json", "failed.json"  # in the folder of a candidate
 # What only a resume needs, and weights that the model was made from.
 _SCRATCH = ("checkpoints", "tokens", TARGETS, "pruned-1", "pruned-2", "adapters", "base")
 
@@ -85,7 +85,7 @@ def run_candidate(out: Path, name: str, observer: Observer) -> None:
     data_dir = None if request.data_dir is None else Path(request.data_dir)
     for plan in request.tasks:
         scores = out / SCORES / request.candidate.key / plan.name
-        answer(folder / build.MODEL, plan, scores, data_dir, observer, whole=False)
+        answer(folder / MODEL, plan, scores, data_dir, observer, whole=False)
     shutil.rmtree(material.targets, ignore_errors=True)
 
 

@@ -10,140 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import mlx.core as mx
 
-from mlx_slim.config.schema import QuantizeConfig
 from mlx_slim.errors import SlimError
-from mlx_slim.pruning.options import PruneOptions
 from mlx_slim.pruning.plan import plan
 from mlx_slim.pruning.surgery import config_with_sizes, config_without_layers
-from mlx_slim.reading import JsonObject, ModelConfig
-from mlx_slim.slimming.cost import Cost, cost
+from mlx_slim.reading import ModelConfig
+from mlx_slim.slimming.candidate import Candidate, Cost, Cut, format_of
+from mlx_slim.slimming.cost import cost
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.units import human_bytes
 
 BITS = (8, 6, 5, 4, 3, 2)
-GROUP = 64
 FLOOR = 0.4  # of the parameters: below it nothing recovers in the time that this takes
 STEPS = 64  # widths between all and none
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 LEVELS = 3  # formats with more bits than fit whole, that are cut until they fit
 # Sizes, as fractions of the original's folder, that a search without a budget goes down.
 LADDER = (0.8, 0.65, 0.55, 0.45, 0.36, 0.3, 0.25, 0.2, 0.15)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One pruning.
-
-    Attributes:
-        axis: ``depth``; ``width``, heads and neurons; ``hidden``, the residual stream too; or
-            ``experts`` of a mixture.
-        layers: Layers to remove (depth).
-        target: Most parameters that remain (else).
-    """
-
-    axis: str
-    layers: int = 0
-    target: int = 0
-
-    def options(self, total: int, calibration: str | None, revision: str | None) -> PruneOptions:
-        """Return the options of ``mlx-slim prune`` that make it.
-
-        Args:
-            total: Layers of the model that is cut.
-            calibration: Text to measure importance on.
-            revision: Of the source.
-        """
-        if self.axis == "depth":
-            options = PruneOptions(axis="depth", ratio=self.layers / total)
-        elif self.axis == "experts":
-            options = PruneOptions(method="reap", target_params=self.target)
-        else:
-            options = PruneOptions(
-                axis="width", target_params=self.target, hidden=self.axis == "hidden"
-            )
-        return replace(options, calibration=calibration, revision=revision)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A smaller model.
-
-    Attributes:
-        bits: Of a weight; None stays as stored.
-        cuts: Prunings, one after the other, before it is quantized.
-        layers: Layers that remain.
-        kv_heads: Key-value heads of a layer that remain; 0 where the config has none.
-        neurons: Neurons of a layer that remain; 0 likewise.
-        channels: Of the residual stream that remain.
-        experts: Of a layer that remain; 0 without a mixture.
-        cost: Counted.
-        bits_per_weight: Of a model whose layers have bits of their own, all parameters counted;
-            None gives each layer ``bits``.
-    """
-
-    bits: int | None
-    cuts: tuple[Cut, ...]
-    layers: int
-    kv_heads: int
-    neurons: int
-    channels: int
-    experts: int
-    cost: Cost
-    bits_per_weight: float | None = None
-
-    @property
-    def key(self) -> str:
-        """A name for folders: equal for equal models."""
-        if self.bits_per_weight is not None:
-            return f"mixed-{self.bits_per_weight:.2f}bit"
-        words = ["dense" if self.bits is None else f"{self.bits}bit"]
-        if self.cuts:
-            words += [f"{self.layers}l", f"{self.kv_heads}h", f"{self.neurons}n"]
-            words += [f"{self.channels}d"] + ([f"{self.experts}e"] if self.experts else [])
-        return "-".join(words)
-
-    @property
-    def kind(self) -> str:
-        """What was done: ``bits``, ``mixed`` bits, or the axes that were cut, such as ``depth``."""
-        whole = "bits" if self.bits_per_weight is None else "mixed"
-        return "+".join(cut.axis for cut in self.cuts) or whole
-
-    def name(self, original: Candidate) -> str:
-        """Return what differs from the original, in words."""
-        words = ["as stored" if self.bits is None else f"{self.bits} bits"]
-        if self.bits_per_weight is not None:
-            words = [f"{self.bits_per_weight:.2f} bits a weight, by layer"]
-        for label, mine, its in (
-            ("layers", self.layers, original.layers),
-            ("kv heads", self.kv_heads, original.kv_heads),
-            ("neurons", self.neurons, original.neurons),
-            ("channels", self.channels, original.channels),
-            ("experts", self.experts, original.experts),
-        ):
-            if mine != its:
-                words.append(f"{mine:,} of {its:,} {label}")
-        return ", ".join(words)
-
-    @property
-    def quantize(self) -> QuantizeConfig | None:
-        """The format of its weights."""
-        return None if self.bits is None else format_of(self.bits)
-
-    @classmethod
-    def from_json(cls, values: JsonObject) -> Candidate:
-        """Return the candidate that ``asdict`` candidate ``values`` of."""
-        cuts = tuple(Cut(**cut) for cut in values["cuts"])
-        return cls(**{**values, "cuts": cuts, "cost": Cost(**values["cost"])})
-
-
-def format_of(bits: int) -> QuantizeConfig:
-    """Return the format that a number of bits means here."""
-    return QuantizeConfig.model_validate({"bits": bits, "group_size": GROUP})
 
 
 def mixed_weight_bytes(bits_per_weight: float, parameters: int) -> int:

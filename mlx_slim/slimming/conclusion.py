@@ -14,13 +14,14 @@ from mlx_slim.cluster.machines import kind_of, machine
 from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
 from mlx_slim.slimming.build import SIZE
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.folder import MODEL
 from mlx_slim.slimming.forgotten import bits_per_byte, general_text
 from mlx_slim.slimming.questions import paired
 from mlx_slim.slimming.records import SlimReport, TaskClaim
 from mlx_slim.slimming.recovery import RECIPE, recipe_of
 from mlx_slim.slimming.request import request_of
-from mlx_slim.slimming.search import MODEL, Search, percent
+from mlx_slim.slimming.search import Search, percent
 from mlx_slim.units import human_bytes
 
 _KIND = {

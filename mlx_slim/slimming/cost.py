@@ -10,7 +10,7 @@ min(context, window).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +24,11 @@ from mlx_slim.models.build import build
 from mlx_slim.models.kv_cache import cache_format, cache_widths
 from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import ModelConfig
+from mlx_slim.slimming.candidate import Cost
 
 _PREFILL = 2048  # tokens that mlx-lm reads at a time
 _ITEM = 2  # bytes of a number while answering, on the machines that this is for
 _HEADER = 200  # bytes of a tensor's entries in a safetensors file and its index, at most about
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model costs.
-
-    Attributes:
-        parameters: Numbers of the dense model.
-        weight_bytes: Of all tensors, scales and biases included.
-        disk_bytes: Of the folder: tensors, their headers, tokenizer and config.
-        cache_bytes: Of keys and values at the context of the budget.
-        working_bytes: Activations of a piece of the prompt, and the logits of a token.
-    """
-
-    parameters: int
-    weight_bytes: int
-    disk_bytes: int
-    cache_bytes: int
-    working_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """While answering."""
-        return self.weight_bytes + self.cache_bytes + self.working_bytes
 
 
 def other_bytes(folder: Path) -> int:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 REPORT_FILE = "slim.json"
+CANDIDATES, SCORES = "candidates", "scores"
+# In the folder of a search and in that of a candidate: the weights, and what a teacher gives.
+MODEL, TARGETS = "model", "targets"
 
 
 def is_search(folder: Path) -> bool:

@@ -16,8 +16,8 @@ from mlx_slim.children import exit_reason
 from mlx_slim.cluster.archive import MOST_BYTES
 from mlx_slim.cluster.jobs import Ended, Job, Pool
 from mlx_slim.errors import ResourceError, SlimError
-from mlx_slim.slimming.candidate_job import CANDIDATES
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.folder import CANDIDATES
 from mlx_slim.units import human_bytes
 
 _RECORDS = 16 * 10**6  # bytes of what comes back beside a model, at most about

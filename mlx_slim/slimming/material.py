@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.candidate import Candidate
 
 
 @dataclass(frozen=True)

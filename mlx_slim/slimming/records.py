@@ -7,10 +7,12 @@ such files (``verify.py``). Try it: ``mlx-slim report DIR`` on the folder of a f
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from mlx_slim.reading import JsonObject
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.reading import JsonObject, library_errors, read_object
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.proof import Retention
 
 
@@ -163,3 +165,14 @@ def retention_from_json(values: JsonObject) -> Retention:
     """Return the share that ``asdict`` made ``values`` of."""
     interval = values["interval"]
     return Retention(**{**values, "interval": None if interval is None else tuple(interval)})
+
+
+def read_report(folder: Path) -> SlimReport:
+    """Return the report of a finished search.
+
+    Raises:
+        SlimError: If it is damaged.
+    """
+    values = read_object(folder / REPORT_FILE)
+    with library_errors(f"{folder / REPORT_FILE} is damaged", "search again"):
+        return SlimReport.from_json(values)

@@ -30,7 +30,7 @@ from mlx_slim.planner.choose import Chosen, choose
 from mlx_slim.planner.students import predict_run
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.reading import ModelConfig
-from mlx_slim.slimming.candidates import Candidate
+from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.material import Material
 
 ROWS = 2000  # that a recovery learns from without a limit of time

@@ -15,10 +15,9 @@ from mlx_slim.artifacts import write_text
 from mlx_slim.pages import environment
 from mlx_slim.plot_records import Axis, Point, ScoreLine
 from mlx_slim.plots import pareto
+from mlx_slim.slimming.folder import MODEL
 from mlx_slim.slimming.published import PUBLISHED
-from mlx_slim.slimming.records import CandidateRow, SlimReport
-from mlx_slim.slimming.run import read_report
-from mlx_slim.slimming.search import MODEL
+from mlx_slim.slimming.records import CandidateRow, SlimReport, read_report
 
 PAGE = "report.html"
 # The colours of the plot.

@@ -14,15 +14,13 @@ from pathlib import Path
 
 from mlx_slim.artifacts import write_json
 from mlx_slim.events import Notice, Observer
-from mlx_slim.reading import library_errors, read_object
 from mlx_slim.run_dir import RunDir
-from mlx_slim.slimming.candidate_job import CANDIDATES, TARGETS
 from mlx_slim.slimming.conclusion import conclude
-from mlx_slim.slimming.folder import REPORT_FILE
+from mlx_slim.slimming.folder import CANDIDATES, MODEL, REPORT_FILE, TARGETS
 from mlx_slim.slimming.options import SlimOptions, check
-from mlx_slim.slimming.records import SlimReport
+from mlx_slim.slimming.records import SlimReport, read_report
 from mlx_slim.slimming.request import RUN, check_same, command_words
-from mlx_slim.slimming.search import MODEL, Search
+from mlx_slim.slimming.search import Search
 from mlx_slim.units import human_seconds
 
 
@@ -67,17 +65,6 @@ def slim(
             finish(out, report.winner)
             search.say(f"took {human_seconds(time.perf_counter() - search.began)}")
             return read_report(out)
-
-
-def read_report(folder: Path) -> SlimReport:
-    """Return the report of a finished search.
-
-    Raises:
-        SlimError: If it is damaged.
-    """
-    values = read_object(folder / REPORT_FILE)
-    with library_errors(f"{folder / REPORT_FILE} is damaged", "search again"):
-        return SlimReport.from_json(values)
 
 
 def finish(out: Path, winner: str | None) -> None:

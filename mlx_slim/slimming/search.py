@@ -34,15 +34,10 @@ from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import memory_budget
 from mlx_slim.slimming import build, proof, recovery
-from mlx_slim.slimming.build import MODEL
-from mlx_slim.slimming.candidate_job import (
-    CANDIDATES,
-    SCORES,
-    TARGETS,
-    CandidateRequest,
-    candidate_job,
-)
-from mlx_slim.slimming.candidates import BITS, Candidate, listed
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.candidate_job import CandidateRequest, candidate_job
+from mlx_slim.slimming.candidates import BITS, listed
+from mlx_slim.slimming.folder import CANDIDATES, MODEL, SCORES, TARGETS
 from mlx_slim.slimming.making import CandidateMaker, MakesHere, MakesInPool, check_sizes
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.options import SlimOptions

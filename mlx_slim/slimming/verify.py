@@ -17,16 +17,20 @@ from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.results import samples_name
 from mlx_slim.reading import library_errors, read_object
 from mlx_slim.slimming import build, proof
-from mlx_slim.slimming.candidate_job import CANDIDATES, SCORES
-from mlx_slim.slimming.candidates import BITS, Candidate, SearchSpace, mixed_weight_bytes
+from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.candidates import BITS, SearchSpace, mixed_weight_bytes
 from mlx_slim.slimming.conclusion import headline, task_claim
-from mlx_slim.slimming.folder import REPORT_FILE
+from mlx_slim.slimming.folder import CANDIDATES, MODEL, REPORT_FILE, SCORES
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, paired, read_answers
-from mlx_slim.slimming.records import CandidateRow, MeasuredSpeed, SlimReport, TaskClaim
+from mlx_slim.slimming.records import (
+    CandidateRow,
+    MeasuredSpeed,
+    SlimReport,
+    TaskClaim,
+    read_report,
+)
 from mlx_slim.slimming.request import STATE_FILE, space_of
-from mlx_slim.slimming.run import read_report
-from mlx_slim.slimming.search import MODEL
 
 _DEMANDS = ("memory", "disk", "speed", "context", "kv_bits", "limit")
 

@@ -14,15 +14,12 @@ from pathlib import Path
 from mlx_slim.artifacts import SCHEMA_VERSION, provenance
 from mlx_slim.config.load import Resolved
 from mlx_slim.config.recipe_file import recipe_text, value_text
-from mlx_slim.sweeping.folder import STATE_FILE, STUDY_FILE
+from mlx_slim.sweeping.folder import OUTCOME, SEEDS, STATE_FILE, STUDY_FILE, WINNER
 from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.records import SeedRow, SweepReport, TrialOutcome, TrialRow, read_json_record
 from mlx_slim.sweeping.request import SweepRequest
 from mlx_slim.sweeping.space import Point, changed_recipe
 from mlx_slim.sweeping.study import SweepStudy, objective_values
-from mlx_slim.sweeping.trial import OUTCOME
-
-SEEDS, WINNER = "seeds", "winner.yaml"
 
 
 def read_request(out: Path) -> SweepRequest:

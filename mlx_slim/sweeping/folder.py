@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 STATE_FILE, STUDY_FILE, REPORT_FILE = "request.json", "study.db", "sweep.json"
+TRIALS, SEEDS, WINNER = "trials", "seeds", "winner.yaml"
+# In the folder of a trial.
+RECIPE, REQUEST, OUTCOME, RUN = "recipe.yaml", "trial.json", "outcome.json", "run"
 
 
 def is_sweep(folder: Path) -> bool:

@@ -22,8 +22,9 @@ from mlx_slim.cluster.recipe_inputs import recipe_inputs
 from mlx_slim.config.load import load_recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice, Observer
+from mlx_slim.sweeping.folder import OUTCOME, RECIPE, RUN
 from mlx_slim.sweeping.records import TrialOutcome, read_json_record, to_json
-from mlx_slim.sweeping.trial import OUTCOME, RECIPE, RUN, run_trial
+from mlx_slim.sweeping.trial import run_trial
 from mlx_slim.training import rotation
 
 _SLACK = 4  # a trial reserves a quarter more than its predicted peak

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter
 
 from mlx_slim.reading import JsonObject, library_errors, read_object, short
-from mlx_slim.sweeping.folder import STATE_FILE
+from mlx_slim.sweeping.folder import REPORT_FILE, STATE_FILE
 from mlx_slim.sweeping.options import PrunerName
 
 Curve = list[tuple[int, float]]  # optimizer step, validation loss in nats per token
@@ -200,3 +200,12 @@ def read_json_record(file: Path, kind: type[_Record]) -> _Record:
     """
     again = ("start a new sweep",) if file.name == STATE_FILE else ()
     return from_json(read_object(file), kind, short(file), *again)
+
+
+def read_report(folder: Path) -> SweepReport:
+    """Return the report of a finished sweep.
+
+    Raises:
+        SlimError: If it is damaged.
+    """
+    return read_json_record(folder / REPORT_FILE, SweepReport)

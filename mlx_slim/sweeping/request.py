@@ -17,20 +17,17 @@ from mlx_slim.config.load import Resolved, from_values
 from mlx_slim.config.schema import Recipe
 from mlx_slim.errors import SlimError
 from mlx_slim.evaluation.tasks.spec import find_task
-from mlx_slim.evaluation.tasks.training_rows import is_scored
-from mlx_slim.finetuning.contents import contents
 from mlx_slim.finetuning.run_dir import FREE_ON_RESUME, command_words
 from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.work import expected_work
 from mlx_slim.reading import JsonObject, read_object
 from mlx_slim.run_dir import RunDir, RunKind, changed_values, option_words
-from mlx_slim.sweeping.folder import STATE_FILE, STUDY_FILE
+from mlx_slim.sweeping.folder import STATE_FILE, STUDY_FILE, TRIALS
 from mlx_slim.sweeping.options import PrunerName, SweepOptions
 from mlx_slim.sweeping.records import read_json_record
 from mlx_slim.sweeping.space import Parameter, Point, SweepSpace
 from mlx_slim.sweeping.study import StudyPlan
 
-TRIALS = "trials"
 SWEEP = RunKind("sweep", "sweep", STATE_FILE, (f"{STUDY_FILE}*", TRIALS))
 
 
@@ -98,6 +95,8 @@ def plan_of(space: SweepSpace, options: SweepOptions) -> StudyPlan:
 
 def request_of(space: SweepSpace, options: SweepOptions) -> SweepRequest:
     """Return the request; the rows are read."""
+    from mlx_slim.finetuning.contents import contents  # mlx-lm's: no page needs it
+
     base = space.base
     return SweepRequest(
         schema_version=SCHEMA_VERSION,
@@ -153,6 +152,8 @@ def check_unscored(recipe: Recipe) -> None:
     Raises:
         SlimError: If some are.
     """
+    from mlx_slim.evaluation.tasks.training_rows import is_scored
+
     for source in recipe.data.sources:
         if source.task is not None and is_scored(find_task(source.task), source.split):
             raise SlimError(

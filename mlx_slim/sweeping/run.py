@@ -23,20 +23,28 @@ from mlx_slim.planner.shipped_models import model_config
 from mlx_slim.planner.students import predict_run
 from mlx_slim.runtime import memory_budget
 from mlx_slim.sweeping import conclusion
-from mlx_slim.sweeping.conclusion import WINNER
-from mlx_slim.sweeping.folder import REPORT_FILE, STATE_FILE, STUDY_FILE
+from mlx_slim.sweeping.folder import (
+    OUTCOME,
+    RECIPE,
+    REPORT_FILE,
+    REQUEST,
+    SEEDS,
+    STATE_FILE,
+    STUDY_FILE,
+    TRIALS,
+    WINNER,
+)
 from mlx_slim.sweeping.launch import Launcher, launcher
 from mlx_slim.sweeping.options import SweepOptions, check
 from mlx_slim.sweeping.records import (
     SweepReport,
     TrialOutcome,
     TrialRequest,
-    read_json_record,
+    read_report,
     to_json,
 )
 from mlx_slim.sweeping.report import write_page
 from mlx_slim.sweeping.request import (
-    TRIALS,
     check_recipe,
     check_same,
     check_unscored,
@@ -48,7 +56,7 @@ from mlx_slim.sweeping.request import (
 from mlx_slim.sweeping.search import InfeasibleError, UnusableInputError, search
 from mlx_slim.sweeping.space import SweepSpace, changed_recipe, load_space
 from mlx_slim.sweeping.study import Proposal, SweepStudy
-from mlx_slim.sweeping.trial import OUTCOME, RECIPE, REQUEST, tidy
+from mlx_slim.sweeping.trial import tidy
 
 
 def sweep(
@@ -109,25 +117,6 @@ def sweep(
                     (out / STATE_FILE).unlink()  # the folder goes: nothing was tried
                 raise
             return running.conclude()
-
-
-def read_report(folder: Path) -> SweepReport:
-    """Return the report of a finished sweep.
-
-    Raises:
-        SlimError: If it is damaged.
-    """
-    return read_json_record(folder / REPORT_FILE, SweepReport)
-
-
-def report_of(folder: Path) -> SweepReport:
-    """Return the report of a sweep, of one that is not finished as far as it has come.
-
-    Raises:
-        SlimError: If a file is missing or damaged.
-    """
-    finished = (folder / REPORT_FILE).is_file()
-    return read_report(folder) if finished else conclusion.collect(folder)
 
 
 @dataclass
@@ -255,8 +244,8 @@ class _Sweep:
         recipe = self.space.recipe(best.values)
         seeds = [recipe.recipe.train.seed + 1 + number for number in range(self.options.seeds)]
         names = {conclusion.seed_folder(best.number, seed % 2**32): seed % 2**32 for seed in seeds}
-        for folder in (self.out / conclusion.SEEDS).glob("*"):  # of a trial that was the best once
-            if f"{conclusion.SEEDS}/{folder.name}" not in names:
+        for folder in (self.out / SEEDS).glob("*"):  # of a trial that was the best once
+            if f"{SEEDS}/{folder.name}" not in names:
                 shutil.rmtree(folder, ignore_errors=True)
         waiting = [name for name in names if not (self.out / name / OUTCOME).exists()]
         while waiting or launches.running:

@@ -22,9 +22,9 @@ from mlx_slim.events import Broadcast, Event, Observer, Started, ValidationDone
 from mlx_slim.finetuning.report import events_of
 from mlx_slim.finetuning.run_dir import STATE_FILE, Result, read_result
 from mlx_slim.preferences.run import train as fine_tune
+from mlx_slim.sweeping.folder import OUTCOME, RECIPE, REQUEST, RUN
 from mlx_slim.sweeping.records import Curve, TrialOutcome, TrialRequest, read_json_record, to_json
 
-RECIPE, REQUEST, OUTCOME, RUN = "recipe.yaml", "trial.json", "outcome.json", "run"
 # Of a run folder: what only a resume needs, and what only a user of the result does.
 _SCRATCH = ("checkpoints", "tokens", "targets", "task_rows")
 _RESULTS = ("adapters", "base", "model", "first", "first-base", "second", "second-base")

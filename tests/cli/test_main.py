@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from mlx_slim.errors import ResourceError, SlimError
 from tests.support.imports import SLOW, imported_by
 
 ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def slim(*words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -89,6 +91,13 @@ def test_plans_import_neither_models_nor_data_sets(tmp_path: Path) -> None:
     out, heavy = imported_by(code)
     assert "[0, 0, 0]" in out and not any(f"'{name}'" in heavy for name in SLOW), heavy
     assert "'jinja2'" not in heavy and "'rich'" not in heavy, heavy
+
+
+def test_the_page_of_a_matrix_is_written_without_what_scores(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "v0_1" / "matrix", folder := tmp_path / "matrix")
+    code = f"from mlx_slim.cli.main import run; print(run(['report', {str(folder)!r}]))"
+    out, heavy = imported_by(code)
+    assert out.endswith("0\n") and not any(f"'{name}'" in heavy for name in SLOW), heavy
 
 
 @pytest.mark.parametrize("name", list(entry.available()))

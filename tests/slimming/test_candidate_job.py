@@ -10,13 +10,13 @@ import pytest
 
 from mlx_slim.cli.main import run
 from mlx_slim.errors import SlimError
+from mlx_slim.slimming.candidate import Cut
 from mlx_slim.slimming.candidate_job import (
     REQUEST,
     CandidateRequest,
     candidate_job,
     read_request,
 )
-from mlx_slim.slimming.candidates import Cut
 from mlx_slim.slimming.questions import plan_questions
 from mlx_slim.slimming.request import space_of
 from tests.slimming.conftest import Setting

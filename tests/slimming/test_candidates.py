@@ -13,7 +13,8 @@ from mlx_slim.errors import SlimError
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.run import prune
 from mlx_slim.quantization.apply import parameter_bytes
-from mlx_slim.slimming.candidates import FLOOR, Candidate, Cut, SearchSpace, budget, listed
+from mlx_slim.slimming.candidate import Candidate, Cut
+from mlx_slim.slimming.candidates import FLOOR, SearchSpace, budget, listed
 from mlx_slim.slimming.cost import other_bytes
 from mlx_slim.slimming.options import SlimOptions
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from mlx_slim.slimming.conclusion import commands_again, mixed_machines
+from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.options import SlimOptions
-from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
+from mlx_slim.slimming.records import read_report
+from mlx_slim.slimming.run import slim
 from mlx_slim.slimming.search import Search
 from tests.slimming.conftest import Setting
 from tests.support.runs import Recorder

@@ -15,8 +15,8 @@ from mlx_slim.models.kv_cache import quantize_cache
 from mlx_slim.models.load import load, read_config
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
-from mlx_slim.slimming.candidates import format_of
-from mlx_slim.slimming.cost import Cost, cost, other_bytes
+from mlx_slim.slimming.candidate import Cost, format_of
+from mlx_slim.slimming.cost import cost, other_bytes
 from tests.support.tiny import tiny_model
 
 

@@ -18,8 +18,8 @@ from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.locks import is_locked
 from mlx_slim.run_dir import LOCK_FILE
 from mlx_slim.runtime import memory_budget
+from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.candidate_job import run_candidate
-from mlx_slim.slimming.candidates import Candidate
 from mlx_slim.slimming.making import MakesInPool, check_sizes
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.request import space_of

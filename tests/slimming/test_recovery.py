@@ -10,7 +10,7 @@ import pytest
 from mlx_slim.errors import ResourceError
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.run import prune
-from mlx_slim.slimming.candidates import Cut
+from mlx_slim.slimming.candidate import Cut
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.recovery import (
     RECIPE,

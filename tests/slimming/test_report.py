@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
-from mlx_slim.slimming.candidates import Candidate, Cut
-from mlx_slim.slimming.cost import Cost
+from mlx_slim.slimming.candidate import Candidate, Cost, Cut
+from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.proof import Retention
 from mlx_slim.slimming.published import PUBLISHED
 from mlx_slim.slimming.records import CandidateRow, SlimReport, TaskClaim
 from mlx_slim.slimming.report import render
+from tests.support.imports import HEAVY, imported_by
 
 ORIGINAL = Candidate(None, (), 30, 3, 1536, 576, 0, Cost(134, 269_000_000, 272_000_000, 9, 9))
 
@@ -69,3 +72,12 @@ def test_a_search_without_a_winner_has_a_page() -> None:
 def test_published_shares_are_of_published_scores() -> None:
     assert all(0.5 < one.retained < 1 for one in PUBLISHED)
     assert round(PUBLISHED[0].retained, 3) == 0.936
+
+
+def test_the_page_is_written_without_what_searches(tmp_path: Path) -> None:
+    (tmp_path / REPORT_FILE).write_text(json.dumps(report().as_json()))
+    out, heavy = imported_by(
+        f"from mlx_slim.cli.main import run; print(run(['report', {str(tmp_path)!r}]))"
+    )
+    assert "report.html" in out and out.endswith("0\n")
+    assert not (HEAVY - {"numpy", "jinja2"}) & set(heavy.split("'")), heavy

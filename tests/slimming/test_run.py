@@ -19,10 +19,11 @@ from mlx_slim.errors import SlimError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
 from mlx_slim.reading import JsonObject
+from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers
-from mlx_slim.slimming.records import SlimReport
-from mlx_slim.slimming.run import REPORT_FILE, read_report, slim
+from mlx_slim.slimming.records import SlimReport, read_report
+from mlx_slim.slimming.run import slim
 from mlx_slim.slimming.search import Search
 from mlx_slim.slimming.verify import verify
 from tests.slimming.conftest import Setting

@@ -20,15 +20,17 @@ from mlx_slim.errors import Interrupted, SlimError
 from mlx_slim.events import Notice
 from mlx_slim.finetuning.run import finetune
 from mlx_slim.sweeping import trial
+from mlx_slim.sweeping.conclusion import point_text
 from mlx_slim.sweeping.options import SweepOptions
+from mlx_slim.sweeping.records import read_report
 from mlx_slim.sweeping.report import render
-from mlx_slim.sweeping.run import read_report
-from tests.support.imports import imported_by
+from tests.support.imports import SLOW, imported_by
 from tests.support.one_cpu import one_cpu
 from tests.support.runs import CtrlC, Recorder, write_rows
 
 SPACE = {"adapter.rank": [2, 4], "train.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 TRIALS = SweepOptions(trials=3, seeds=1)
+_REPORT = "from mlx_slim.cli.main import run; print(run(['report', 'out']))"
 
 
 def write_inputs(folder: Path, model: Path, **train: object) -> None:
@@ -79,6 +81,7 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
     assert again.done.best_validation == report.rows[0].outcome.loss
     best = min(report.rows, key=lambda row: row.outcome.loss or 9.0)
     assert report.best == best.number and f"trial {best.number} of 3" in report.headline
+    assert point_text(best.values) in report.headline
     for row in report.rows:
         present = (out / f"trials/{row.number:03d}/run/adapters/adapters.safetensors").exists()
         assert present == (row.number == report.best)
@@ -106,8 +109,11 @@ def test_a_sweep_from_its_first_trial_to_the_recipe_of_the_best(
     assert command(["report", "out"]) == command(["report", "out", "--verify"]) == 0
     printed = capsys.readouterr().out
     assert report.headline in printed and "3 trials follows from their records" in printed
+    printed, heavy = imported_by(_REPORT)
+    assert printed.endswith("0\n") and not {*SLOW, "mlx.core", "optuna"} & set(heavy.split("'"))
     (out / "sweep.json").unlink()  # of one that is not finished
-    assert command(["report", "out"]) == 0
+    printed, heavy = imported_by(_REPORT)
+    assert printed.endswith("0\n") and not SLOW & set(heavy.split("'")), heavy
     assert (out / "report.html").read_text() == page
 
     # Resumed with more trials, then with nothing left to do, then with fewer.

@@ -8,14 +8,13 @@ import pytest
 
 from mlx_slim.artifacts import write_json
 from mlx_slim.cluster.jobs import Ended, Job
-from mlx_slim.sweeping.folder import STUDY_FILE
+from mlx_slim.sweeping.folder import OUTCOME, STUDY_FILE
 from mlx_slim.sweeping.launch import InProcess, InProcesses
 from mlx_slim.sweeping.options import SweepOptions
 from mlx_slim.sweeping.records import TrialOutcome, to_json
 from mlx_slim.sweeping.search import InfeasibleError, UnusableInputError, search
 from mlx_slim.sweeping.space import Parameter
 from mlx_slim.sweeping.study import Proposal, StudyPlan, SweepStudy
-from mlx_slim.sweeping.trial import OUTCOME
 
 RANK = Parameter("adapter.rank", low=1, high=64, whole=True)
 
