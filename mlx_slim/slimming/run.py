@@ -8,7 +8,6 @@ candidate; the claim is tested on questions that chose nothing; ``slim.json`` is
 from __future__ import annotations
 
 import shutil
-import time
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def slim(
             report = conclude(search, winner)
             write_json(out / REPORT_FILE, report.as_json())
             finish(out, report.winner)
-            search.say(f"took {human_seconds(time.perf_counter() - search.began)}")
+            search.say(f"took {human_seconds(search.time.elapsed)}")
             return read_report(out)
 
 

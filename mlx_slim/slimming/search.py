@@ -44,12 +44,12 @@ from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers, TaskPlan, answer, paired, plan_questions
 from mlx_slim.slimming.records import CandidateRow, MeasuredSpeed
 from mlx_slim.slimming.request import STATE_FILE, request_of, space_of
+from mlx_slim.slimming.time_limit import TimeLimit
 from mlx_slim.units import human_bytes
 
 FEW = 3  # candidates that are recovered under a budget
 _RANK_ROWS = 8  # of VALIDATION_LENGTH tokens
 _FAILURES = 2  # sizes in a row that fall short of the score, which end a search without a budget
-_CLAIM_TIME = 0.15  # of the time that is left: for scoring
 _SLACK = 4  # a job reserves a quarter more than it is predicted to need
 
 
@@ -58,7 +58,7 @@ class Search:
 
     def __init__(self, source: str, out: Path, options: SlimOptions, observer: Observer) -> None:
         self.out, self.options, self.observer = out, options, observer
-        self.began = time.perf_counter()
+        began = time.perf_counter()
         self.space = space_of(source, options)
         self.original = self.space.original
         find(SourceConfig(path=options.data or DEFAULT_SOURCE))
@@ -69,6 +69,7 @@ class Search:
         }
         self.material = Material(source, options.revision, options.data, out, out / TARGETS)
         self.base: list[ModelAnswers] = []
+        self.time = TimeLimit(options.time, out / SCORES / "original", self.tasks, began)
         self.provable = 0.0
         self._rank_rows()  # unusable text is refused before anything is scored
 
@@ -89,6 +90,8 @@ class Search:
                 write_json(self.out / STATE_FILE, request_of(self.material.source, self.options))
             self.say(f"{len(self.listed)} candidates; the original has {self._size(self.original)}")
             self.base = [self._original(plan) for plan in self.tasks]
+            if warning := self.time.warning(1 + (FEW if self.options.has_budget else 1)):
+                self.say(warning, "warning")
             self.provable = self._provable()
             self._rank()
             if not self.options.has_budget:
@@ -341,7 +344,7 @@ class Search:
         folder = self.folder(one)
         folder.mkdir(parents=True, exist_ok=True)
         if recovery.recovers(one) and not (folder / recovery.RECIPE).exists():
-            config, seconds = self.space.config_of(one.cuts), self._seconds(left)
+            config, seconds = self.space.config_of(one.cuts), self.time.recovery(left)
             recovery.write_recipe(
                 self.material, one, folder, config, seconds=seconds, budget=budget
             )
@@ -366,13 +369,6 @@ class Search:
         )
         self.say(f"── {self.rows[one.key].name}")
         return candidate_job(self.out, request, memory, far=pool.far)
-
-    def _seconds(self, left: int) -> float | None:
-        """Return the time of one of ``left`` recoveries; None without a limit."""
-        if self.options.time is None:
-            return None
-        remaining = self.options.time - (time.perf_counter() - self.began)
-        return max(60.0, remaining * (1 - _CLAIM_TIME) / left)
 
 
 def _rungs(candidates: list[Candidate], original: Candidate) -> list[list[Candidate]]:

@@ -1,0 +1,53 @@
+"""The time of a search: what scoring takes is counted before recoveries share what is left."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_slim.slimming.questions import TaskPlan
+from mlx_slim.slimming.time_limit import LEAST, TimeLimit
+
+# The original took 200 s for 40 + 60 questions of one task, 30 s for 10 + 20 of another.
+TASKS = [TaskPlan("a", "a", 100, 40, 40, 60), TaskPlan("b.yaml", "b", 30, 10, 10, 20)]
+SECONDS = {"a": 200.0, "b": 30.0}
+CLAIM = 200.0 + 30.0  # of the winner: all questions
+SELECTION = 40 * 2.0 + 10 * 1.0  # of a candidate
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    for name, seconds in SECONDS.items():
+        (tmp_path / name).mkdir()
+        timings = {"tasks": {name: {"seconds": seconds}}}
+        (tmp_path / name / "timings.json").write_text(json.dumps(timings))
+    return tmp_path
+
+
+def limit(scores: Path, seconds: float | None, elapsed: float = 0.0) -> TimeLimit:
+    return TimeLimit(seconds, scores, TASKS, time.perf_counter() - elapsed)
+
+
+def test_scoring_is_counted_at_the_speed_of_the_original(scores: Path) -> None:
+    assert limit(scores, None).scoring(0) == CLAIM
+    assert limit(scores, None).scoring(3) == 3 * SELECTION + CLAIM
+
+
+def test_recoveries_share_what_scoring_leaves(scores: Path) -> None:
+    assert limit(scores, None).recovery(3) is None
+    whole = limit(scores, 5000).recovery(1)
+    assert whole == pytest.approx(0.9 * (5000 - SELECTION - CLAIM), abs=1)
+    third = limit(scores, 5000, elapsed=1000).recovery(3)
+    assert third == pytest.approx(0.9 * (4000 - 3 * SELECTION - CLAIM) / 3, abs=1)
+    assert limit(scores, 300).recovery(3) == LEAST  # nothing is left
+
+
+def test_scoring_that_takes_too_long_is_said(scores: Path) -> None:
+    needed = 4 * SELECTION + CLAIM
+    assert limit(scores, None).warning(4) is None
+    assert limit(scores, needed + 1).warning(4) is None
+    warning = limit(scores, needed + 1, elapsed=60).warning(4)
+    assert warning is not None and "scoring takes 11 min" in warning and "10 min" in warning
