@@ -61,7 +61,7 @@ def test_two_threads_may_ask_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return read(*words)
 
     monkeypatch.setattr(np, "fromfile", slow)
-    monkeypatch.setattr(np, "empty", lambda size, dtype: np.full(size, np.nan, dtype))
+    monkeypatch.setattr(np, "empty", lambda size, dtype: np.full(size, 77, dtype))  # nothing's
     cache = _cache(tmp_path / "reference")
     first = threading.Thread(target=cache, args=(np.arange(11),))
     first.start()
