@@ -65,6 +65,10 @@ class SlimError(Exception):
         return "\n  ".join([first, *self.details])
 
 
+class TimeLimitError(SlimError):
+    """The time that was given is too short for anything useful: raised before anything starts."""
+
+
 class DivergedError(SlimError):
     """Training met a loss or a gradient that is not finite; nothing was updated with it."""
 

@@ -24,7 +24,7 @@ from mlx_slim.config.read import parse_scalar
 from mlx_slim.config.recipe_file import recipe_text
 from mlx_slim.config.schema import Recipe
 from mlx_slim.data.pipeline import PreparedRow
-from mlx_slim.errors import ResourceError, SlimError
+from mlx_slim.errors import ResourceError, SlimError, TimeLimitError
 from mlx_slim.planner import hyperparameters
 from mlx_slim.planner.choice_inputs import ChoiceInputs, read_inputs, user_recipe
 from mlx_slim.planner.draft import Choice, Draft, complete, start
@@ -247,7 +247,7 @@ def _within(task: ChoiceInputs, fitting: _Fitting, limit: float, text: str) -> _
     """Return the recipe with so few epochs that its predicted time is within ``limit`` seconds.
 
     Raises:
-        SlimError: If that leaves too few steps.
+        TimeLimitError: If that leaves too few steps.
     """
     why = f"as many as --time {text} is enough for, predicted"
     while fitting[2].high > limit:
@@ -258,7 +258,7 @@ def _within(task: ChoiceInputs, fitting: _Fitting, limit: float, text: str) -> _
         steps = _steps(draft.resolved().recipe, prediction.tokens or 1) * limit / seconds
         if steps < LEAST_STEPS:
             least = human_duration(1.1 * limit * LEAST_STEPS / max(steps, 1e-9))
-            raise SlimError(
+            raise TimeLimitError(
                 f"--time {text} is enough for {int(steps)} steps of {task.base.recipe.model}, "
                 f"at least {LEAST_STEPS} are needed",
                 f"give it about {least}, or a smaller model",

@@ -13,7 +13,7 @@ Source: arXiv 2407.11062. Shapes: N rows, B rows of a batch, T tokens a row, D w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,6 +59,7 @@ def quantize_blockwise(
     *,
     stored: mx.Dtype,
     embed_bits: int | None = None,
+    formats: Mapping[str, LayerFormat | None] | None = None,
     training: Training | None = None,
     judged_NT: mx.array | None = None,
     judge: Callable[[Logits], None] | None = None,
@@ -72,6 +73,7 @@ def quantize_blockwise(
         tokens_NT: Calibration rows, int32.
         stored: Dtype that scales and biases are stored in.
         embed_bits: Bits of embedding and head; None is those of ``quantize``.
+        formats: Layer -> its format, None for full precision, of layers with one of their own.
         training: How long and how fast; None is the default.
         judged_NT: Rows on which the original answers before it is gone.
         judge: Is given the original's logits (1, T, V) as a function of one of these rows (1, T).
@@ -82,7 +84,9 @@ def quantize_blockwise(
     """
     training = training or Training()
     refuse_entangled(model)
-    policy = make_policy(model, quantize, None, embed_formats(model, quantize, embed_bits))
+    policy = make_policy(
+        model, quantize, None, {**embed_formats(model, quantize, embed_bits), **(formats or {})}
+    )
     _check_memory(model, policy)
     before = parameter_bytes(model)
     model.freeze()

@@ -27,6 +27,8 @@ from mlx_slim.quantization.policy import make_policy
 from mlx_slim.quantization.sensitivity import BITS, Losses
 from mlx_slim.units import human_bytes
 
+_SIZED = ("rtn", "blockwise")  # methods that give each layer bits of its own
+
 
 def check_size(options: CompressOptions) -> None:
     """Refuse what excludes a size, and what is only for one.
@@ -47,13 +49,13 @@ def check_size(options: CompressOptions) -> None:
             )
         return
     wrong = [f"--recipe {options.recipe}"] if options.recipe is not None else []
-    wrong += [f"--method {options.method}"] if options.method != "rtn" else []
+    wrong += [f"--method {options.method}"] if options.method not in _SIZED else []
     wrong += [] if options.embed_bits is None else [f"--embed-bits {options.embed_bits}"]
     wrong += [f"--mode {options.quantize.mode}"] if options.quantize.mode != "affine" else []
     if wrong:
         raise SlimError(
-            f"{' and '.join(wrong)}: a size is met by rounding (rtn) in mode affine, each layer "
-            "in bits of its own",
+            f"{' and '.join(wrong)}: a size is met in mode affine, each layer in bits of its "
+            "own, by rounding (rtn) or training (blockwise)",
             "leave it out, or --target-bytes and --bits-per-weight",
         )
 

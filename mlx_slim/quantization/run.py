@@ -242,8 +242,9 @@ def _quantizer(
             tokens_NT=calibration.seen_NT,
             stored=stored,
             embed_bits=embed,
+            formats=formats,
             judged_NT=calibration.validation_NT if options.fidelity_samples else None,
-            judge=record,
+            judge=record if options.fidelity_samples else None,
         )
     return partial(
         quantize_with,

@@ -32,11 +32,12 @@ from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
+from mlx_slim.slimming.block_training import LENGTH, rows_of, trains_blocks
 from mlx_slim.slimming.candidate import Candidate, Cut
 from mlx_slim.slimming.folder import MODEL
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.records import MeasuredSpeed
-from mlx_slim.slimming.recovery import recover, recovers
+from mlx_slim.slimming.recovery import recipe_of, recover, recovers
 
 SIZE = "size.json"  # in the folder of a candidate
 _SPEED_PROMPT, _SPEED_ANSWER, _SPEED_ROUNDS = 512, 64, 3
@@ -94,15 +95,33 @@ def make(material: Material, candidate: Candidate, folder: Path, observer: Obser
             recover(material, candidate, dense, folder, observer)
         else:
             assert candidate.quantize is not None, "the original is no candidate"
-            compress(dense, folder / MODEL, compress_options(material, candidate), observer)
+            rows = rows_of(folder) if trains_blocks(candidate) else None
+            options = compress_options(material, candidate, rows)
+            compress(dense, folder / MODEL, options, observer)
     files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     write_json(folder / SIZE, {"disk_bytes": size, "provenance": machine()})
 
 
-def compress_options(material: Material, candidate: Candidate) -> CompressOptions:
-    """Return how a candidate that is not recovered is quantized."""
+def recovered(candidate: Candidate, folder: Path) -> str:
+    """Return by what a candidate was recovered; empty without."""
+    if recovers(candidate):
+        return recipe_of(folder).recipe.method
+    return "blocks" if trains_blocks(candidate) else ""
+
+
+def compress_options(
+    material: Material, candidate: Candidate, rows: int | None = None
+) -> CompressOptions:
+    """Return how a candidate that is not recovered is quantized.
+
+    Args:
+        material: What it is made of.
+        candidate: What it is.
+        rows: That its blocks are trained on; None rounds.
+    """
     assert candidate.quantize is not None
+    training = {} if rows is None else {"method": "blockwise", "samples": rows, "length": LENGTH}
     return CompressOptions(
         candidate.quantize,
         calibration=material.data,
@@ -110,6 +129,7 @@ def compress_options(material: Material, candidate: Candidate) -> CompressOption
         revision=material.revision,
         bits_per_weight=candidate.bits_per_weight,
         sensitivity=None if candidate.bits_per_weight is None else "rules",
+        **training,
     )
 
 

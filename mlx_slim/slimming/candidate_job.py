@@ -23,6 +23,7 @@ from mlx_slim.events import Observer
 from mlx_slim.quantization.calibration import DEFAULT_SOURCE
 from mlx_slim.reading import library_errors, read_object
 from mlx_slim.slimming import build, recovery
+from mlx_slim.slimming.block_training import ROWS_FILE
 from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.folder import CANDIDATES, MODEL, SCORES, TARGETS
 from mlx_slim.slimming.material import Material
@@ -104,7 +105,7 @@ def candidate_job(out: Path, request: CandidateRequest, memory: int, *, far: boo
     key = request.candidate.key
     name = f"{CANDIDATES}/{key}"
     write_json(out / name / REQUEST, asdict(request))
-    reads = [f"{name}/{REQUEST}", f"{name}/{recovery.RECIPE}"]
+    reads = [f"{name}/{REQUEST}", f"{name}/{recovery.RECIPE}", f"{name}/{ROWS_FILE}"]
     if request.candidate.cuts:
         material = Material(request.source, request.revision, request.data, out, out)
         scores = material.scores_at(request.candidate, 0)

@@ -13,6 +13,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
 from mlx_slim.cluster.machines import kind_of, machine
 from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
+from mlx_slim.slimming.block_training import LENGTH, rows_of, trains_blocks
 from mlx_slim.slimming.build import SIZE
 from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.folder import MODEL
@@ -21,7 +22,7 @@ from mlx_slim.slimming.questions import paired
 from mlx_slim.slimming.records import SlimReport, TaskClaim
 from mlx_slim.slimming.recovery import RECIPE, recipe_of
 from mlx_slim.slimming.request import request_of
-from mlx_slim.slimming.search import Search, percent
+from mlx_slim.slimming.search import Search
 from mlx_slim.units import human_bytes
 
 _KIND = {
@@ -110,6 +111,8 @@ def headline(report: SlimReport) -> str:
         if not scored:
             size = human_bytes(original.cost.disk_bytes)
             meets = " and meets the budget" if budget else ""
+            if report.rows:
+                return "none of the candidates was made: --time leaves too little to recover one"
             return f"no candidate is smaller: the original has {size} on disk{meets}"
         nearest = max(scored, key=lambda row: row.selection.least if row.selection else 0)
         assert nearest.selection is not None
@@ -120,12 +123,12 @@ def headline(report: SlimReport) -> str:
             )
         return (
             f"none of the {len(report.rows)} candidates is shown to keep {keep:g}%: the nearest is "
-            f"{nearest.name}, {percent(nearest.selection)}; the original stays"
+            f"{nearest.name}, {proof.percent(nearest.selection)}; the original stays"
         )
     row = next(row for row in report.rows if row.candidate.key == report.winner)
     ratio = (row.disk_bytes or row.candidate.cost.disk_bytes) / original.cost.disk_bytes
     text = (
-        f"{row.name}: {ratio:.0%} of the bytes, {percent(report.claim)} of the score on "
+        f"{row.name}: {ratio:.0%} of the bytes, {proof.percent(report.claim)} of the score on "
         f"{report.claim.n:,} questions that chose nothing"
     )
     if report.demand_met is None:
@@ -176,6 +179,8 @@ def commands_again(search: Search, winner: Candidate) -> list[list[str]]:
                 "quantize",
                 source,
                 *_bits(winner),
+                *_training(winner, folder),
+                *(calibration if trains_blocks(winner) else []),
                 *of_source,
                 "-o",
                 str(again),
@@ -205,3 +210,11 @@ def _bits(winner: Candidate) -> list[str]:
     if winner.bits_per_weight is None:
         return ["--bits", str(winner.bits)]
     return ["--bits-per-weight", f"{winner.bits_per_weight:g}", "--sensitivity", "rules"]
+
+
+def _training(winner: Candidate, folder: Path) -> list[str]:
+    """Return the options of ``quantize`` that train blocks, where the winner's were trained."""
+    if not trains_blocks(winner):
+        return []
+    rows = ["--calibration-samples", str(rows_of(folder)), "--calibration-length", str(LENGTH)]
+    return ["--method", "blockwise", *rows]

@@ -138,3 +138,11 @@ def _discordance(pair: PairedAnswers) -> float:
 def paired(pair: PairedAnswers) -> stats.Paired:
     """Return the paired statistics of one task."""
     return stats.paired(pair.first_N.tolist(), pair.second_N.tolist(), tests=None)
+
+
+def percent(retention: Retention) -> str:
+    """Return a retention with its interval, in words."""
+    if retention.value is None or retention.interval is None:
+        return "an unknown share"
+    low, high = retention.interval
+    return f"{100 * retention.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"

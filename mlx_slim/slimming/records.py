@@ -35,7 +35,7 @@ class CandidateRow:
         name: In words.
         kl: KL(original ‖ candidate) before recovery, nats a token; None if it was not measured.
         top1: Retention of positions with the same likeliest token, likewise.
-        recovered: Method of the recovery (``full``, ``lora``), empty without.
+        recovered: Method of the recovery (``full``, ``lora``, ``blocks``), empty without.
         selection: Retention kept on the selection questions; None if it was not scored.
         speed: None if not measured.
         disk_bytes: Of its folder; None if it was not made.

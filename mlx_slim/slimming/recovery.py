@@ -10,7 +10,7 @@ DIR/candidates/KEY/recover.yaml -o AGAIN``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from mlx_slim.config.load import Resolved, load_recipe
 from mlx_slim.config.recipe_file import recipe_text
 from mlx_slim.config.schema import Recipe
 from mlx_slim.distillation.run import distill
-from mlx_slim.errors import ResourceError
+from mlx_slim.errors import ResourceError, TimeLimitError
 from mlx_slim.events import Notice, Observer
 from mlx_slim.export.fuse import fuse
 from mlx_slim.export.options import FuseOptions
@@ -56,7 +56,7 @@ def write_recipe(
     folder: Path,
     config: ModelConfig,
     *,
-    seconds: float | None = None,
+    limits: Sequence[float] = (),
     budget: int | None = None,
 ) -> None:
     """Write how a candidate learns from the original: all weights where they fit, else LoRA.
@@ -66,12 +66,14 @@ def write_recipe(
         candidate: One that recovers.
         folder: Of it.
         config: Of the dense model after its cuts.
-        seconds: Of the recovery; None learns from ``ROWS`` rows.
+        limits: Seconds of the recovery: the first that is enough for some steps is taken; empty
+            learns from ``ROWS`` rows.
         budget: Bytes of memory; None is what this machine has.
 
     Raises:
         ResourceError: If nothing fits.
-        SlimError: If model or rows cannot be used, or the time is too short.
+        TimeLimitError: If no limit is enough.
+        SlimError: If model or rows cannot be used.
     """
     teacher = {"model": material.source, "revision": material.revision}
     overrides = [
@@ -85,19 +87,24 @@ def write_recipe(
         overrides += ["quantize.qat=true", f"quantize.bits={candidate.bits}"]
     if material.revision is not None and not candidate.cuts:
         overrides.append(f"revision={material.revision}")
-    if seconds is None:
+    if not limits:
         overrides.append(f"data.max_rows={ROWS}")
 
-    def chosen(shapes: str, method: str) -> Chosen:
-        return choose(
-            shapes,
-            material.data or DEFAULT_SOURCE,
-            out=folder / RUN,
-            method=method,
-            budget=None if budget is None else f"{budget}B",
-            time=None if seconds is None else f"{max(1, int(seconds))}s",
-            overrides=overrides,
-        )
+    def chosen(shapes: str, method: str, limits: Sequence[float] = limits) -> Chosen:
+        try:
+            return choose(
+                shapes,
+                material.data or DEFAULT_SOURCE,
+                out=folder / RUN,
+                method=method,
+                budget=None if budget is None else f"{budget}B",
+                time=f"{max(1, int(limits[0]))}s" if limits else None,
+                overrides=overrides,
+            )
+        except TimeLimitError:
+            if len(limits) < 2:
+                raise
+            return chosen(shapes, method, limits[1:])
 
     with _shapes(material, candidate, config) as shapes:
         try:

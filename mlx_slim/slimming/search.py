@@ -22,7 +22,7 @@ from mlx_slim.cluster.jobs import Job, Pool
 from mlx_slim.cluster.pool import pool_of
 from mlx_slim.config.schema import SourceConfig
 from mlx_slim.data.sources import find
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, TimeLimitError
 from mlx_slim.evaluation.scoring.loglikelihood import SCORING_BYTES
 from mlx_slim.events import Notice, Observer
 from mlx_slim.models.load import load, load_tokenizer, read_config
@@ -34,6 +34,7 @@ from mlx_slim.quantization.calibration import DEFAULT_SOURCE, read_calibration
 from mlx_slim.reading import read_object
 from mlx_slim.runtime import memory_budget
 from mlx_slim.slimming import build, proof, recovery
+from mlx_slim.slimming.block_training import ROWS_FILE, trains_blocks, write_rows
 from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.candidate_job import CandidateRequest, candidate_job
 from mlx_slim.slimming.candidates import BITS, listed
@@ -97,9 +98,12 @@ class Search:
             if not self.options.has_budget:
                 return self._smallest_sufficient(maker)
             chosen = self._nearest()
-            for number, one in enumerate(chosen):
-                self._score(maker, one, chosen[number + 1 :], len(chosen) - number)
-        return self._best_within(chosen)  # speeds are measured where no job runs beside
+            scored = [
+                one
+                for number, one in enumerate(chosen, 1)
+                if self._score(maker, one, chosen[number:], len(chosen) - number + 1)
+            ]
+        return self._best_within(scored)  # speeds are measured where no job runs beside
 
     @contextlib.contextmanager
     def _maker(self, descriptor: int) -> Iterator[CandidateMaker]:
@@ -268,8 +272,10 @@ class Search:
             if failures == _FAILURES:
                 self.note(one, verdict="smaller than two that do not keep the share")
                 continue
-            self._score(maker, one, nearest[number : number + maker.most - 1], 1)
-            if self._selected(one).keeps(fraction):
+            later = nearest[number : number + maker.most - 1]
+            if not self._score(maker, one, later, 1):
+                failures += 1
+            elif self._selected(one).keeps(fraction):
                 if best is not None:
                     self.note(best, verdict="keeps the share; a smaller one does too")
                 best, failures = one, 0
@@ -281,21 +287,29 @@ class Search:
 
     def _score(
         self, maker: CandidateMaker, one: Candidate, later: Sequence[Candidate], left: int
-    ) -> None:
-        """Have a candidate made and scored on the selection questions, and note its scores."""
-        maker.ensure(one, later, left)
+    ) -> bool:
+        """Have a candidate made and scored on the selection questions, and note its scores.
+
+        Returns:
+            Whether there was time to recover it.
+        """
+        try:
+            maker.ensure(one, later, left)
+        except TimeLimitError as error:
+            self.say(f"{self.rows[one.key].name} is left out: {error.hint}", "warning")
+            self.note(one, verdict="--time leaves too little to recover it")
+            return False
         answers = self.scored(one)
         retention = proof.retention(paired(self.base, answers, selection=True))
         self.note(one, selection=retention)
         folder = self.folder(one)
-        if (folder / recovery.RECIPE).exists():
-            self.note(one, recovered=recovery.recipe_of(folder).recipe.method)
         size = read_object(folder / build.SIZE, disk_bytes=int)["disk_bytes"]
-        self.note(one, disk_bytes=size)
+        self.note(one, disk_bytes=size, recovered=build.recovered(one, folder))
         self.say(
             f"{self.rows[one.key].name}: {100 * retention.second:.1f}% on the selection, "
-            f"{percent(retention)} of the original's"
+            f"{proof.percent(retention)} of the original's"
         )
+        return True
 
     def _measure_speed(self, one: Candidate) -> None:
         """Measure the speed of a candidate beside the original's, where one is demanded."""
@@ -344,10 +358,10 @@ class Search:
         folder = self.folder(one)
         folder.mkdir(parents=True, exist_ok=True)
         if recovery.recovers(one) and not (folder / recovery.RECIPE).exists():
-            config, seconds = self.space.config_of(one.cuts), self.time.recovery(left)
-            recovery.write_recipe(
-                self.material, one, folder, config, seconds=seconds, budget=budget
-            )
+            config, limits = self.space.config_of(one.cuts), self.time.recoveries(left)
+            recovery.write_recipe(self.material, one, folder, config, limits=limits, budget=budget)
+        if trains_blocks(one) and not (folder / ROWS_FILE).exists():
+            write_rows(one, folder, self.time.recoveries(left))
 
     def _job(self, pool: Pool, one: Candidate, left: int) -> Job:
         """Return the process of a candidate: it reserves what its largest step needs, and more."""
@@ -380,11 +394,3 @@ def _rungs(candidates: list[Candidate], original: Candidate) -> list[list[Candid
         else:
             rungs.append([one])
     return rungs
-
-
-def percent(retention: proof.Retention) -> str:
-    """Return a retention with its interval, in words."""
-    if retention.value is None or retention.interval is None:
-        return "an unknown share"
-    low, high = retention.interval
-    return f"{100 * retention.value:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"

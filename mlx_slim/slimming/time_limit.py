@@ -17,7 +17,6 @@ from mlx_slim.reading import read_object
 from mlx_slim.slimming.questions import TaskPlan
 from mlx_slim.units import human_duration
 
-LEAST = 60.0  # seconds of a recovery
 _SPARE = 0.1  # of what scoring leaves: recoveries are predicted, and models are written
 
 
@@ -57,12 +56,18 @@ class TimeLimit:
         timings = read_object(self.scores / plan.name / TIMINGS_FILE, tasks=dict)["tasks"]
         return timings[plan.name]["seconds"] / (plan.selection + plan.claim)
 
-    def recovery(self, left: int) -> float | None:
-        """Return the seconds of one of ``left`` recoveries, each scored; None without a limit."""
+    def recoveries(self, left: int) -> list[float]:
+        """Return what a recovery may take, of ``left`` that are scored, too; empty without a limit.
+
+        First its part of the time, in seconds; then, where that is too little, all of the time.
+        """
         if self.limit is None:
-            return None
-        remaining = self.limit - self.elapsed - self.scoring(left)
-        return max(LEAST, remaining * (1 - _SPARE) / left)
+            return []
+        remaining = self.limit - self.elapsed
+        return [
+            max(0.0, (remaining - self.scoring(count)) * (1 - _SPARE) / count)
+            for count in dict.fromkeys((left, 1))
+        ]
 
     def warning(self, candidates: int) -> str | None:
         """Return what to say where scoring so many candidates takes longer than the search may."""
@@ -71,6 +76,6 @@ class TimeLimit:
             return None
         return (
             f"scoring takes {human_duration(needed)} at the original's speed, and --time is "
-            f"{human_duration(self.limit)}: each recovery gets a minute; ask fewer questions with "
-            "a smaller --limit"
+            f"{human_duration(self.limit)}: nothing is recovered; ask fewer questions with a "
+            "smaller --limit"
         )

@@ -73,6 +73,34 @@ def test_files_are_within_the_bytes(tiny: TinyModels, tmp_path: Path) -> None:
     assert sizes == sorted(sizes)
 
 
+def test_a_size_met_by_training_blocks_has_the_bytes_of_rounding_and_loses_less(
+    tiny: TinyModels, tmp_path: Path
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("Kites rise against the wind, and fall with it. " * 200)
+    results, formats, sizes = [], [], []
+    for method in ("rtn", "blockwise"):
+        options = CompressOptions(
+            QUANTIZE,
+            method=method,
+            calibration=str(text),
+            samples=16,
+            length=32,
+            bits_per_weight=5,
+            sensitivity="rules",
+        )
+        results.append(compress(tiny(), tmp_path / method, options))
+        sizes.append(sum(weight_sizes(tmp_path / method).values()))
+        model, _ = stock_load(str(tmp_path / method))
+        formats.append(
+            {path: format_of(one) for path, one in leaves(model) if hasattr(one, "group_size")}
+        )
+    assert len(set(formats[0].values())) > 1, "bits of their own"
+    assert formats[0] == formats[1] and sizes[0] == sizes[1]
+    rounded, trained = (one.fidelity.kl for one in results if one.fidelity)
+    assert trained < 0.8 * rounded
+
+
 def test_a_size_between_eight_bits_and_dense_leaves_layers_dense(
     tiny: TinyModels, tmp_path: Path
 ) -> None:
@@ -123,7 +151,7 @@ def test_what_excludes_a_size(
     for words, message in [
         ([*size, "--bits", "4"], "bits=4 and a size exclude each other"),
         ([*size, "--target-bytes", "1MB"], "--target-bytes and --bits-per-weight exclude"),
-        ([*size, "--method", "awq"], "--method awq: a size is met by rounding"),
+        ([*size, "--method", "awq"], "--method awq: a size is met in mode affine"),
         ([*size, "--recipe", "mixed_3_4"], "--recipe mixed_3_4: a size"),
         ([*size, "--mode", "mxfp4"], "--mode mxfp4: a size"),
         (["--sensitivity", "rules"], "none is set"),

@@ -37,7 +37,12 @@ def test_a_job_reads_its_request_and_scores_and_names_its_inputs(
     job = candidate_job(tmp_path, request, 7, far=True)
     assert job.words == ("slim", "--only", name) and job.memory == 7
     scores = "importance-depth-1.safetensors"
-    assert job.reads == (f"{name}/job.json", f"{name}/recover.yaml", scores)
+    assert job.reads == (
+        f"{name}/job.json",
+        f"{name}/recover.yaml",
+        f"{name}/rows.json",
+        scores,
+    )
     assert job.writes == (name, f"scores/{request.candidate.key}")
     kinds = [(one.kind, Path(one.path).name) for one in job.inputs]
     model, options = setting
@@ -47,7 +52,7 @@ def test_a_job_reads_its_request_and_scores_and_names_its_inputs(
     assert candidate_job(tmp_path, request, 7, far=False).inputs == ()
     assert read_request(tmp_path / name) == request
     whole = replace(request, candidate=space_of(model, options).candidate(8, ()))
-    assert len(candidate_job(tmp_path, whole, 7, far=False).reads) == 2
+    assert len(candidate_job(tmp_path, whole, 7, far=False).reads) == 3
 
 
 def test_a_damaged_request_is_one_line(setting: Setting, tmp_path: Path) -> None:

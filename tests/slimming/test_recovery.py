@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_slim.errors import ResourceError
+from mlx_slim.errors import ResourceError, TimeLimitError
 from mlx_slim.models.load import read_config
 from mlx_slim.pruning.run import prune
+from mlx_slim.slimming import recovery
 from mlx_slim.slimming.candidate import Cut
 from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.recovery import (
@@ -51,3 +54,27 @@ def test_a_recipe_from_shapes_is_that_of_the_cut_model(setting: Setting, tmp_pat
     assert peak_bytes(tmp_path, real) == peak_bytes(tmp_path, config) > 0
     with pytest.raises(ResourceError):
         write_recipe(material, one, tmp_path, config, budget=1000)
+
+
+def test_a_limit_that_is_too_short_gives_way_to_the_next(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, options), cut = setting, Cut("depth", layers=1)
+    space = space_of(model, options)
+    one = space.candidate(4, (cut,))
+    material = Material(str(model), None, options.data, tmp_path, tmp_path / "targets")
+    seen, real = [], recovery.choose
+
+    def choose(*words: Any, **settings: Any) -> Any:
+        seen.append(settings["time"])
+        if settings["time"] in ("1s", "20s"):
+            raise TimeLimitError("too short", "give it about 30 s")
+        return real(*words, **settings)
+
+    monkeypatch.setattr(recovery, "choose", choose)
+    write = partial(write_recipe, material, one, tmp_path, space.config_of(one.cuts))
+    with pytest.raises(TimeLimitError, match="too short"):
+        write(limits=[0.0, 20.0])
+    assert seen == ["1s", "20s"] and not (tmp_path / RECIPE).exists()
+    write(limits=[20.0, 3600.0])
+    assert seen[2:] == ["20s", "3600s"] and (tmp_path / RECIPE).exists()

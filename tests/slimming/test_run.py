@@ -15,14 +15,16 @@ import pytest
 
 from mlx_slim.artifacts import read_json
 from mlx_slim.cli.main import run
-from mlx_slim.errors import SlimError
+from mlx_slim.errors import SlimError, TimeLimitError
 from mlx_slim.events import Notice
 from mlx_slim.models.load import read_config
 from mlx_slim.reading import JsonObject
+from mlx_slim.slimming import recovery
 from mlx_slim.slimming.folder import REPORT_FILE
 from mlx_slim.slimming.options import SlimOptions
 from mlx_slim.slimming.questions import ModelAnswers
 from mlx_slim.slimming.records import SlimReport, read_report
+from mlx_slim.slimming.report import write_page
 from mlx_slim.slimming.run import slim
 from mlx_slim.slimming.search import Search
 from mlx_slim.slimming.verify import verify
@@ -58,6 +60,28 @@ def test_the_best_within_a_budget(
     assert any(isinstance(e, Notice) and e.message.endswith("nothing to do") for e in heard.events)
     with pytest.raises(SlimError, match=r"other demands: limit: 24 → 20"):
         slim(model, out, replace(options, limit=20), Recorder(), resume=True)
+
+
+def test_what_cannot_be_recovered_in_time_is_left_out_and_blocks_of_a_mix_are_trained(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*_words: Any, **settings: Any) -> None:
+        assert settings["time"]
+        raise TimeLimitError("--time 9s is enough for 1 step", "give it about 2 min")
+
+    monkeypatch.setattr(recovery, "choose", choose)
+    (model, options), out, heard = setting, tmp_path / "out", Recorder()
+    report = slim(model, out, replace(options, disk=105_000, time=3600.0), heard)
+    rows = {row.candidate.kind: row for row in report.rows if row.verdict[:3] != "not"}
+    assert rows["mixed"].candidate.bits_per_weight and report.winner == rows["mixed"].candidate.key
+    assert rows["mixed"].candidate.bits_per_weight < 5 and rows["mixed"].recovered == "blocks"
+    late = [row for kind, row in rows.items() if kind != "mixed"]
+    assert late and {row.verdict for row in late} == {"--time leaves too little to recover it"}
+    notices = [event.message for event in heard.events if isinstance(event, Notice)]
+    assert any(text.endswith("is left out: give it about 2 min") for text in notices)
+    (again,) = report.commands
+    assert again[again.index("--method") + 1] == "blockwise" and "--calibration" in again
+    assert ">blocks<" in write_page(out).read_text() and verify(out).candidates == 1
 
 
 def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:

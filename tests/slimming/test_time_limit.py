@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_slim.slimming.questions import TaskPlan
-from mlx_slim.slimming.time_limit import LEAST, TimeLimit
+from mlx_slim.slimming.time_limit import TimeLimit
 
 # The original took 200 s for 40 + 60 questions of one task, 30 s for 10 + 20 of another.
 TASKS = [TaskPlan("a", "a", 100, 40, 40, 60), TaskPlan("b.yaml", "b", 30, 10, 10, 20)]
@@ -37,12 +37,15 @@ def test_scoring_is_counted_at_the_speed_of_the_original(scores: Path) -> None:
 
 
 def test_recoveries_share_what_scoring_leaves(scores: Path) -> None:
-    assert limit(scores, None).recovery(3) is None
-    whole = limit(scores, 5000).recovery(1)
-    assert whole == pytest.approx(0.9 * (5000 - SELECTION - CLAIM), abs=1)
-    third = limit(scores, 5000, elapsed=1000).recovery(3)
-    assert third == pytest.approx(0.9 * (4000 - 3 * SELECTION - CLAIM) / 3, abs=1)
-    assert limit(scores, 300).recovery(3) == LEAST  # nothing is left
+    assert limit(scores, None).recoveries(3) == []
+    whole = 0.9 * (5000 - SELECTION - CLAIM)
+    assert limit(scores, 5000).recoveries(1) == [pytest.approx(whole, abs=1)]
+    third = 0.9 * (4000 - 3 * SELECTION - CLAIM) / 3
+    assert limit(scores, 5000, elapsed=1000).recoveries(3) == [
+        pytest.approx(third, abs=1),
+        pytest.approx(whole - 900, abs=1),  # all of what is left, where a third is too little
+    ]
+    assert limit(scores, 300).recoveries(3) == [0.0, 0.0]  # nothing is left
 
 
 def test_scoring_that_takes_too_long_is_said(scores: Path) -> None:
