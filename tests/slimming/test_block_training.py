@@ -57,7 +57,7 @@ def test_trained_blocks_are_nearer_in_as_many_bytes(setting: Setting, tmp_path: 
     trained.mkdir()
     write_rows(mix, trained, [0.0])
     assert rows_of(trained) == 8
-    (trained / ROWS_FILE).write_text('{"rows": 32}')
+    (trained / ROWS_FILE).write_text('{"rows": 12}')
     build.make(material, mix, trained, Recorder())
     assert build.recovered(mix, trained) == "blocks"
     compress(model, rounded / "model", build.compress_options(material, mix))
