@@ -107,7 +107,8 @@ def quantize_blockwise(
             for path, one in policy.chosen.items()
             if path.startswith(f"{prefix}.{index}.")
         }
-        _train_block(block, index, chosen, floats, batches, stored, training)
+        if chosen:
+            _train_block(block, index, chosen, floats, batches, stored, training)
         for batch in batches:
             batch.pass_block(index)
     if judge is not None:

@@ -61,6 +61,8 @@ class Constants:
 
     def step(self, gradients: dict[str, Values]) -> None:
         """Take a step of Adam, and let the layers compute with what it gives."""
+        if not self.layers:
+            return
         learned: Any = self.optimizer.apply_gradients(gradients, self.values)
         self.values = learned
         self.put(self.values)

@@ -111,6 +111,23 @@ def test_a_size_between_eight_bits_and_dense_leaves_layers_dense(
     stock_load(str(tmp_path / "out"))
 
 
+def test_blocks_that_a_size_leaves_dense_are_passed(tiny: TinyModels, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("Kites rise against the wind, and fall with it. " * 40)
+    options = CompressOptions(
+        QUANTIZE,
+        method="blockwise",
+        calibration=str(text),
+        samples=4,
+        length=32,
+        bits_per_weight=31.9,
+        sensitivity="rules",
+    )
+    result = compress(tiny(), tmp_path / "out", options)
+    assert result.report.quantized == {"8-bit affine, group 32": 1}
+    assert result.fidelity is not None and result.fidelity.kl < 1e-3
+
+
 def test_rules_give_more_to_what_loses_more(tiny: TinyModels) -> None:
     space = _space(tiny())
     losses = heuristic_losses(space.shapes, space.blocks)
