@@ -83,11 +83,10 @@ def quantize_blockwise(
         SlimError: If the model's blocks cannot be computed one at a time, or its training diverges.
     """
     training = training or Training()
-    refuse_entangled(model)
     policy = make_policy(
         model, quantize, None, {**embed_formats(model, quantize, embed_bits), **(formats or {})}
     )
-    _check_memory(model, policy)
+    check_blocks(model, policy)
     before = parameter_bytes(model)
     model.freeze()
     model.eval()
@@ -121,8 +120,18 @@ def quantize_blockwise(
     return report(model, new_config, "blockwise", before, policy.skipped)
 
 
-def _check_memory(model: nn.Module, policy: Policy) -> None:
-    """Refuse to start where a block in training does not fit beside embedding and head."""
+def check_blocks(model: nn.Module, policy: Policy) -> None:
+    """Refuse a model whose blocks cannot be trained one at a time; no weight is read.
+
+    Args:
+        model: Dense, its weights read already or not.
+        policy: The format of each layer.
+
+    Raises:
+        ResourceError: If a block in training does not fit beside embedding and head.
+        SlimError: If the blocks cannot be computed one at a time.
+    """
+    refuse_entangled(model)
     sizes: dict[str, int] = {}
     prefix = structure.blocks_path(model) + "."
     for path, module in leaves(model):

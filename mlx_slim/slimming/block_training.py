@@ -14,12 +14,18 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_slim.artifacts import write_json
+from mlx_slim.errors import SlimError
+from mlx_slim.models.hub import resolve
+from mlx_slim.models.opening import open_weights
 from mlx_slim.models.verified_save import compute_dtype
 from mlx_slim.planner.time import estimate, this_machine
 from mlx_slim.planner.work import Operations
 from mlx_slim.quantization.block_rows import Training
+from mlx_slim.quantization.blockwise import check_blocks
+from mlx_slim.quantization.policy import make_policy
 from mlx_slim.reading import read_object
 from mlx_slim.slimming.candidate import Candidate
+from mlx_slim.slimming.material import Material
 from mlx_slim.slimming.recovery import FEWEST_BITS
 
 ROWS_FILE = "rows.json"  # in the folder of a candidate
@@ -58,22 +64,37 @@ def rows_within(parameters: int, seconds: float | None) -> int:
     return max(_LEAST, min(_MOST, int(seconds / each)))
 
 
-def write_rows(candidate: Candidate, folder: Path, limits: Sequence[float]) -> None:
-    """Write how many rows a candidate's blocks are trained on.
+def write_rows(
+    material: Material, candidate: Candidate, folder: Path, limits: Sequence[float]
+) -> str:
+    """Write how many rows a candidate's blocks are trained on: none where they cannot be.
 
     Args:
+        material: What it is made of.
         candidate: One whose blocks are trained.
         folder: Of it.
         limits: Seconds, as for ``recovery.write_recipe``: the first is taken.
+
+    Returns:
+        Why they cannot be trained; empty where they are.
     """
-    seconds = limits[0] if limits else None
-    write_json(folder / ROWS_FILE, {"rows": rows_within(candidate.cost.parameters, seconds)})
+    quantize, why = candidate.quantize, ""
+    assert quantize is not None
+    rows = rows_within(candidate.cost.parameters, limits[0] if limits else None)
+    model = open_weights(resolve(material.source, material.revision))[0]
+    try:
+        check_blocks(model, make_policy(model, quantize))
+    except SlimError as error:
+        rows, why = 0, error.message
+    write_json(folder / ROWS_FILE, {"rows": rows})
+    return why
 
 
 def rows_of(folder: Path) -> int:
-    """Return the rows that are written in the folder of a candidate.
+    """Return the rows that a candidate's blocks are trained on; 0 where it is rounded.
 
     Raises:
-        SlimError: If the file is missing or damaged.
+        SlimError: If the file is damaged.
     """
-    return read_object(folder / ROWS_FILE, rows=int)["rows"]
+    file = folder / ROWS_FILE
+    return read_object(file, rows=int)["rows"] if file.exists() else 0  # older searches round

@@ -32,7 +32,7 @@ from mlx_slim.quantization.heuristics import heuristic_losses
 from mlx_slim.quantization.options import CompressOptions
 from mlx_slim.quantization.run import compress
 from mlx_slim.runtime import memory_limits
-from mlx_slim.slimming.block_training import LENGTH, rows_of, trains_blocks
+from mlx_slim.slimming.block_training import LENGTH, rows_of
 from mlx_slim.slimming.candidate import Candidate, Cut
 from mlx_slim.slimming.folder import MODEL
 from mlx_slim.slimming.material import Material
@@ -95,8 +95,7 @@ def make(material: Material, candidate: Candidate, folder: Path, observer: Obser
             recover(material, candidate, dense, folder, observer)
         else:
             assert candidate.quantize is not None, "the original is no candidate"
-            rows = rows_of(folder) if trains_blocks(candidate) else None
-            options = compress_options(material, candidate, rows)
+            options = compress_options(material, candidate, rows_of(folder))
             compress(dense, folder / MODEL, options, observer)
     files = [path for path in (folder / MODEL).iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -107,21 +106,19 @@ def recovered(candidate: Candidate, folder: Path) -> str:
     """Return by what a candidate was recovered; empty without."""
     if recovers(candidate):
         return recipe_of(folder).recipe.method
-    return "blocks" if trains_blocks(candidate) else ""
+    return "blocks" if rows_of(folder) else ""
 
 
-def compress_options(
-    material: Material, candidate: Candidate, rows: int | None = None
-) -> CompressOptions:
+def compress_options(material: Material, candidate: Candidate, rows: int = 0) -> CompressOptions:
     """Return how a candidate that is not recovered is quantized.
 
     Args:
         material: What it is made of.
         candidate: What it is.
-        rows: That its blocks are trained on; None rounds.
+        rows: That its blocks are trained on; 0 rounds.
     """
     assert candidate.quantize is not None
-    training = {} if rows is None else {"method": "blockwise", "samples": rows, "length": LENGTH}
+    training = {"method": "blockwise", "samples": rows, "length": LENGTH} if rows else {}
     return CompressOptions(
         candidate.quantize,
         calibration=material.data,

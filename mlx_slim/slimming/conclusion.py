@@ -13,7 +13,7 @@ from mlx_slim.artifacts import SCHEMA_VERSION, provenance, public_name
 from mlx_slim.cluster.machines import kind_of, machine
 from mlx_slim.reading import read_object
 from mlx_slim.slimming import proof
-from mlx_slim.slimming.block_training import LENGTH, rows_of, trains_blocks
+from mlx_slim.slimming.block_training import LENGTH, rows_of
 from mlx_slim.slimming.build import SIZE
 from mlx_slim.slimming.candidate import Candidate
 from mlx_slim.slimming.folder import MODEL
@@ -179,8 +179,8 @@ def commands_again(search: Search, winner: Candidate) -> list[list[str]]:
                 "quantize",
                 source,
                 *_bits(winner),
-                *_training(winner, folder),
-                *(calibration if trains_blocks(winner) else []),
+                *_training(folder),
+                *(calibration if rows_of(folder) else []),
                 *of_source,
                 "-o",
                 str(again),
@@ -212,9 +212,9 @@ def _bits(winner: Candidate) -> list[str]:
     return ["--bits-per-weight", f"{winner.bits_per_weight:g}", "--sensitivity", "rules"]
 
 
-def _training(winner: Candidate, folder: Path) -> list[str]:
+def _training(folder: Path) -> list[str]:
     """Return the options of ``quantize`` that train blocks, where the winner's were trained."""
-    if not trains_blocks(winner):
+    if not (rows := rows_of(folder)):
         return []
-    rows = ["--calibration-samples", str(rows_of(folder)), "--calibration-length", str(LENGTH)]
-    return ["--method", "blockwise", *rows]
+    seen = ["--calibration-samples", str(rows), "--calibration-length", str(LENGTH)]
+    return ["--method", "blockwise", *seen]

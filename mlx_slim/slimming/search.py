@@ -361,7 +361,9 @@ class Search:
             config, limits = self.space.config_of(one.cuts), self.time.recoveries(left)
             recovery.write_recipe(self.material, one, folder, config, limits=limits, budget=budget)
         if trains_blocks(one) and not (folder / ROWS_FILE).exists():
-            write_rows(one, folder, self.time.recoveries(left))
+            why = write_rows(self.material, one, folder, self.time.recoveries(left))
+            if why:
+                self.say(f"{self.rows[one.key].name} is rounded, not trained: {why}", "warning")
 
     def _job(self, pool: Pool, one: Candidate, left: int) -> Job:
         """Return the process of a candidate: it reserves what its largest step needs, and more."""

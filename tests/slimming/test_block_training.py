@@ -11,6 +11,7 @@ from mlx_slim.artifacts import weight_sizes
 from mlx_slim.models.fidelity import compare
 from mlx_slim.models.load import load, load_tokenizer
 from mlx_slim.planner.time import Machine
+from mlx_slim.quantization import blockwise
 from mlx_slim.quantization.block_rows import Training
 from mlx_slim.quantization.calibration import read_calibration
 from mlx_slim.quantization.run import compress
@@ -55,8 +56,7 @@ def test_trained_blocks_are_nearer_in_as_many_bytes(setting: Setting, tmp_path: 
     material = Material(str(model), None, options.data, tmp_path, tmp_path / "targets")
     trained, rounded = tmp_path / "trained", tmp_path / "rounded"
     trained.mkdir()
-    write_rows(mix, trained, [0.0])
-    assert rows_of(trained) == 8
+    assert not write_rows(material, mix, trained, [0.0]) and rows_of(trained) == 8
     (trained / ROWS_FILE).write_text('{"rows": 12}')
     build.make(material, mix, trained, Recorder())
     assert build.recovered(mix, trained) == "blocks"
@@ -72,3 +72,16 @@ def test_trained_blocks_are_nearer_in_as_many_bytes(setting: Setting, tmp_path: 
         for folder in (trained, rounded)
     )
     assert near < far
+
+
+def test_blocks_that_cannot_be_trained_are_rounded(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = setting
+    mix = replace(space_of(model, options).candidate(4, ()), bits_per_weight=4.5)
+    material = Material(str(model), None, options.data, tmp_path, tmp_path / "targets")
+    assert rows_of(tmp_path) == 0, "of a search of an earlier version"
+    monkeypatch.setattr(blockwise, "device_memory", lambda: 1000)
+    assert "training one block takes" in write_rows(material, mix, tmp_path, [])
+    assert rows_of(tmp_path) == 0 and build.recovered(mix, tmp_path) == ""
+    assert build.compress_options(material, mix, rows_of(tmp_path)).method == "rtn"
