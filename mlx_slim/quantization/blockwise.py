@@ -73,7 +73,7 @@ def quantize_blockwise(
         tokens_NT: Calibration rows, int32.
         stored: Dtype that scales and biases are stored in.
         embed_bits: Bits of embedding and head; None is those of ``quantize``.
-        formats: Layer -> its format, None for full precision, of layers with one of their own.
+        formats: Layer -> its format, None for full precision, of layers that are decided already.
         training: How long and how fast; None is the default.
         judged_NT: Rows on which the original answers before it is gone.
         judge: Is given the original's logits (1, T, V) as a function of one of these rows (1, T).

@@ -27,7 +27,7 @@ from mlx_slim.quantization.policy import make_policy
 from mlx_slim.quantization.sensitivity import BITS, Losses
 from mlx_slim.units import human_bytes
 
-_SIZED = ("rtn", "blockwise")  # methods that give each layer bits of its own
+_SIZED = ("rtn", "blockwise")  # methods that take a number of bits for each layer
 
 
 def check_size(options: CompressOptions) -> None:
@@ -54,8 +54,8 @@ def check_size(options: CompressOptions) -> None:
     wrong += [f"--mode {options.quantize.mode}"] if options.quantize.mode != "affine" else []
     if wrong:
         raise SlimError(
-            f"{' and '.join(wrong)}: a size is met in mode affine, each layer in bits of its "
-            "own, by rounding (rtn) or training (blockwise)",
+            f"{' and '.join(wrong)}: a size is met in mode affine, by rounding (rtn) or "
+            "training (blockwise)",
             "leave it out, or --target-bytes and --bits-per-weight",
         )
 

@@ -90,8 +90,8 @@ class Candidate:
         channels: Of the residual stream that remain.
         experts: Of a layer that remain; 0 without a mixture.
         cost: Counted.
-        bits_per_weight: Of a model whose layers have bits of their own, all parameters counted;
-            None gives each layer ``bits``.
+        bits_per_weight: Of a model whose layers differ in bits, all parameters counted; None
+            gives each layer ``bits``.
     """
 
     bits: int | None

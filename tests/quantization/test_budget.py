@@ -95,7 +95,7 @@ def test_a_size_met_by_training_blocks_has_the_bytes_of_rounding_and_loses_less(
         formats.append(
             {path: format_of(one) for path, one in leaves(model) if hasattr(one, "group_size")}
         )
-    assert len(set(formats[0].values())) > 1, "bits of their own"
+    assert len(set(formats[0].values())) > 1, "layers differ in bits"
     assert formats[0] == formats[1] and sizes[0] == sizes[1]
     rounded, trained = (one.fidelity.kl for one in results if one.fidelity)
     assert trained < 0.8 * rounded
