@@ -84,7 +84,6 @@ def compress(
             observer.notify(Notice(message, level))
 
     start = time.perf_counter()
-    check_size(options)
     others = {"awq": "scales", "blockwise": "trains"}
     if options.compensate is not None and options.method in others:
         raise SlimError(
@@ -94,6 +93,7 @@ def compress(
         )
     how = options.method, options.quantize, options.recipe
     check_method(*how, None, options.embed_bits)
+    check_size(options)
     config = read_config(source, options.revision)  # refuse what cannot work before the weights
     check_method(*how, config.get("model_type"), options.embed_bits)
     if "quantization" in config:

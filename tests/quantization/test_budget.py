@@ -169,6 +169,7 @@ def test_what_excludes_a_size(
         ([*size, "--bits", "4"], "bits=4 and a size exclude each other"),
         ([*size, "--target-bytes", "1MB"], "--target-bytes and --bits-per-weight exclude"),
         ([*size, "--method", "awq"], "--method awq: a size is met in mode affine"),
+        ([*size, "--method", "blockwis"], "unknown method 'blockwis'"),
         ([*size, "--recipe", "mixed_3_4"], "--recipe mixed_3_4: a size"),
         ([*size, "--mode", "mxfp4"], "--mode mxfp4: a size"),
         (["--sensitivity", "rules"], "none is set"),
