@@ -122,14 +122,13 @@ class LogitDistillation:
             set_of = partial(self._set_of, recipe, cache, teacher_hash, tokenizer, shared)
             sets = [set_of(rows) for rows in filter(None, (data.train, data.validation))]
             self._sets.append(sets)
-            needed = sets[1:] if self.config.sampled_fraction == 1 else sets
             if endpoint is None:
                 open_teacher = partial(self._open, teacher)
             else:
-                missing = not all(one.complete for one in needed)
+                missing = not all(one.complete for one in sets)
                 endpoint.require(needed=missing or self._scorer is not None)
                 open_teacher = endpoint.opened
-            teachers.append(TargetTeacher(name_of(teacher), open_teacher, needed, set_of=set_of))
+            teachers.append(TargetTeacher(name_of(teacher), open_teacher, sets, set_of=set_of))
         self._targets = CachedTargets(cache, teachers)
 
     def _set_of(
@@ -226,13 +225,13 @@ def grouped(recipe: Recipe, rows: RowStore) -> Batcher:
 
 
 def _first_set(sets: Sequence[TargetSet]) -> JsonObject:
-    """Return key and size of the first of a teacher's sets, if it has one."""
+    """Return key and size of the first of a teacher's sets that the run reads, if there is one."""
     return {
         name: value
-        for one in sets[:1]
+        for one in [one for one in sets if one.rows][:1]
         for name, value in (
             ("key", hash_json(one.key)),
-            ("targets", one.shape.targets),
+            ("targets", one.targets),
             ("kept", one.shape.top_k),
         )
     }

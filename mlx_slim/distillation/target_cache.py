@@ -1,9 +1,10 @@
 """Targets of a teacher for every supervised token, on disk: k log-probabilities and the rest's.
 
 Invariant: a folder is for one teacher, one tokenizer, one list of rows, one temperature and one k
-(its key), and is complete once it has ``complete.json``; a kill loses at most the batch that was
-being written, because a row is marked done after its numbers are on disk. Reading takes memory for
-the requested rows only. Teachers are loaded one at a time to write it, and are not needed again.
+(its key), and is complete for a run once every row that the run reads is marked done; a kill loses
+at most the batch that was being written, because a row is marked after its numbers are on disk.
+Rows that no step reads are not computed: their places in the files are holes. Reading takes memory
+for the requested rows only. Teachers are loaded one at a time, and are not needed again.
 Try it: ``mlx-slim distill distill-smollm2 -o runs/distilled``.
 
 Layout (S supervised ids of the rows in order, K top tokens, R rows): ``ids.bin`` (S, K) uint16
@@ -30,6 +31,7 @@ import numpy as np
 from mlx_slim import blas
 from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_json
 from mlx_slim.data.batches import Batch, RowStore
+from mlx_slim.data.plans import Plan
 from mlx_slim.distillation.losses import top
 from mlx_slim.errors import ResourceError
 from mlx_slim.models import structure
@@ -127,7 +129,7 @@ def cache_key(
 
 
 class TargetCache:
-    """A complete cache, memory-mapped and read-only."""
+    """A cache that is complete for its reader, memory-mapped and read-only."""
 
     def __init__(self, folder: Path, shape: TargetLayout) -> None:
         self.folder = folder
@@ -143,11 +145,10 @@ class TargetCache:
         −1, in a batch that is for measuring only, takes the last one's.
         """
         ids, top_k, rest = (self._files[name] for name in ("ids.bin", "kept.bin", "rest.bin"))
-        return (
-            mx.array(ids[sources_N].astype(np.int32)),
-            mx.array(top_k[sources_N]),
-            mx.array(rest[sources_N]),
-        )
+        top_NK, rest_N = top_k[sources_N], rest[sources_N]
+        # Two probabilities of 1 are no distribution: that is a hole.
+        assert not ((rest_N == 0) & (top_NK[:, 0] == 0))[sources_N >= 0].any(), self.folder
+        return mx.array(ids[sources_N].astype(np.int32)), mx.array(top_NK), mx.array(rest_N)
 
 
 class PlaceholderTargets:
@@ -169,24 +170,25 @@ def folder_of(cache: Path, key: JsonObject) -> Path:
     return cache / hash_json(key)[:16]
 
 
-def open_complete(folder: Path, shape: TargetLayout) -> TargetCache | None:
-    """Return the cache in ``folder`` if it is complete, else None."""
-    if not (folder / "complete.json").is_file():
-        return None
+def open_complete(
+    folder: Path, shape: TargetLayout, needed_R: np.ndarray | None = None
+) -> TargetCache | None:
+    """Return the cache in ``folder`` if it has all rows, or those that are needed, else None."""
     for name, (kind, size) in shape.files.items():
         file = folder / name
         expected = np.dtype(kind).itemsize * int(np.prod(size))
         if not file.is_file() or file.stat().st_size != expected:
             return None
+    done_R = np.fromfile(folder / "done.bin", np.uint8)
+    if not (done_R if needed_R is None else done_R[needed_R]).all():
+        return None
     return TargetCache(folder, shape)
 
 
-def missing_bytes(folder: Path, shape: TargetLayout) -> int:
-    """Return the bytes that completing the cache will take from the disk."""
-    if open_complete(folder, shape) is not None:
-        return 0
+def missing_bytes(folder: Path, nbytes: int) -> int:
+    """Return how many of ``nbytes`` the files in ``folder`` do not take from the disk yet."""
     blocks = sum(f.stat().st_blocks * 512 for f in folder.glob("*.bin")) if folder.is_dir() else 0
-    return max(0, shape.nbytes - blocks)
+    return max(0, nbytes - blocks)
 
 
 def check_disk(cache: Path, needed: int) -> None:
@@ -222,6 +224,7 @@ def write(
     batcher: Any,
     answer: Callable[[Any], TeacherTargets],
     *,
+    needed_R: np.ndarray | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[float]:
     """Fill the cache in ``folder``; an interrupted call is resumed.
@@ -233,10 +236,11 @@ def write(
         batcher: The rows, ``grouped`` (``target_generation.Batches``); the batches of its epoch 0
             are computed.
         answer: Returns the teacher's targets of a batch.
+        needed_R: Rows whose batches are computed, bool (R,); None is all.
         stop: Called after each batch; true ends the iteration early, what is written stays.
 
     Yields:
-        The fraction of rows that is done, after each batch.
+        The fraction of the rows to compute that is done, after each batch.
 
     Raises:
         ResourceError: If the disk is full.
@@ -254,8 +258,9 @@ def write(
             handle.truncate(np.dtype(kind).itemsize * int(np.prod(size)))
             handles.append(handle)
         done = np.fromfile(folder / "done.bin", np.uint8)
-        for groups in batcher.plan(0):
-            numbers = np.array([row for group in groups for row in group])
+        batches = batches_with(batcher.plan(0), needed_R)
+        rows = np.concatenate([np.zeros(0, int), *batches])
+        for numbers in batches:
             if done[numbers].all():
                 continue  # else the whole batch: fewer rows would be rounded otherwise
             batch = batcher.batch([[int(row)] for row in numbers])
@@ -263,10 +268,15 @@ def write(
                 _put(handle, batch.sources_N, values)
             done[numbers] = 1
             _put(handles[3], np.sort(numbers), done[np.sort(numbers)])
-            yield float(done.mean())
+            yield float(done[rows].mean())
             if stop():
                 return
-    write_json(folder / "complete.json", {"rows": shape.rows, "targets": shape.targets})
+
+
+def batches_with(plan: Plan, needed_R: np.ndarray | None) -> list[np.ndarray]:
+    """Return the batches that have a needed row, each as the numbers of all its rows."""
+    batches = [np.array([row for group in groups for row in group]) for groups in plan]
+    return [rows for rows in batches if needed_R is None or needed_R[rows].any()]
 
 
 class TargetGenerator:

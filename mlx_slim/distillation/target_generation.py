@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_slim import events
 from mlx_slim.data.collate import RowStore
 from mlx_slim.data.plans import Plan
 from mlx_slim.distillation import target_cache
 from mlx_slim.distillation.objective import Columns
-from mlx_slim.distillation.target_cache import TargetLayout, TeacherTargets
+from mlx_slim.distillation.target_cache import TargetCache, TargetLayout, TeacherTargets
 from mlx_slim.finetuning.build import Tuned
 from mlx_slim.reading import JsonObject
 from mlx_slim.runtime import true_on_all_ranks, world
@@ -45,7 +46,7 @@ class Batches(Protocol):
 Generator = Callable[[Any], TeacherTargets]  # of a batch
 
 
-@dataclass(frozen=True)
+@dataclass
 class TargetSet:
     """The targets of one teacher for one list of rows.
 
@@ -54,29 +55,77 @@ class TargetSet:
         key: All that its numbers depend on.
         folder: Of the cache.
         batches: The rows.
+        among_N: Which rows of the data they are, bool (N,); None is all.
+        needed_R: Those that the run reads, bool (R,); None is all.
     """
 
     shape: TargetLayout
     key: JsonObject
     folder: Path
     batches: Batches
+    among_N: np.ndarray | None = None
+    needed_R: np.ndarray | None = None
+
+    def need(self, read_N: np.ndarray) -> None:
+        """Leave out the rows of the data that no step reads."""
+        self.needed_R = read_N if self.among_N is None else read_N[self.among_N]
 
     def columns(self) -> Columns:
         """Return the targets, or placeholders of the same shapes while they are not complete."""
-        return target_cache.open_complete(
-            self.folder, self.shape
-        ) or target_cache.PlaceholderTargets(self.shape)
+        return _Columns(self)
+
+    def opened(self) -> TargetCache | None:
+        """Return what is on disk if the run needs nothing more, else None."""
+        return target_cache.open_complete(self.folder, self.shape, self.needed_R)
 
     @property
     def complete(self) -> bool:
-        """Whether all of them are on disk."""
-        return target_cache.open_complete(self.folder, self.shape) is not None
+        """Whether all that are needed are on disk."""
+        return self.opened() is not None or self.rows == 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are computed: those of every batch with a needed one."""
+        if self.needed_R is None:
+            return self.shape.rows
+        return sum(map(len, target_cache.batches_with(self.batches.plan(0), self.needed_R)))
+
+    @property
+    def targets(self) -> int:
+        """Supervised ids of these rows; of a part of all rows, as many as of rows on average."""
+        return round(self.shape.targets * self.rows / max(1, self.shape.rows))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them on disk, likewise."""
+        return round(self.shape.nbytes * self.rows / max(1, self.shape.rows))
 
     def write(self, generator: Generator, stop: Callable[[], bool]) -> Iterator[float]:
-        """Compute what is missing; yield the fraction of the rows that is done."""
+        """Compute what is missing; yield the fraction of these rows that is done."""
         return target_cache.write(
-            self.folder, self.key, self.shape, self.batches, generator, stop=stop
+            self.folder,
+            self.key,
+            self.shape,
+            self.batches,
+            generator,
+            needed_R=self.needed_R,
+            stop=stop,
         )
+
+
+@final
+class _Columns:
+    """The targets of a set: which rows are needed may be known after an objective has these."""
+
+    def __init__(self, targets: TargetSet) -> None:
+        self._targets = targets
+        self._opened: TargetCache | None = None
+
+    def columns(self, sources_N: np.ndarray) -> tuple[mx.array, mx.array, mx.array]:
+        """Return ids_NK, top_NK and rest_N of the numbered targets."""
+        self._opened = self._opened or self._targets.opened()
+        stored = self._opened or target_cache.PlaceholderTargets(self._targets.shape)
+        return stored.columns(sources_N)
 
 
 def check_sets(cache: Path, sets: Sequence[TargetSet]) -> None:
@@ -85,7 +134,11 @@ def check_sets(cache: Path, sets: Sequence[TargetSet]) -> None:
     Raises:
         ResourceError: Names the bytes needed and free.
     """
-    missing = {one.folder: target_cache.missing_bytes(one.folder, one.shape) for one in sets}
+    missing = {
+        one.folder: target_cache.missing_bytes(one.folder, one.nbytes)
+        for one in sets
+        if not one.complete
+    }
     target_cache.check_disk(cache, sum(missing.values()))
 
 
@@ -139,7 +192,12 @@ class CachedTargets:
     @property
     def nbytes(self) -> int:
         """Bytes of all of them on disk, once complete."""
-        return sum(one.shape.nbytes for one in self.sets)
+        return sum(one.nbytes for one in self.sets)
+
+    def need(self, read_N: np.ndarray) -> None:
+        """Compute no targets of training rows that no step reads."""
+        for teacher in self.teachers:
+            teacher.sets[0].need(read_N)
 
     def check_disk(self, out: Path) -> None:
         """Check that the disk can hold the targets; two teachers may use one folder.
@@ -173,10 +231,12 @@ class CachedTargets:
         sets = [one for one in teacher.sets if not one.complete]
         if not sets:
             return
-        count = sum(one.shape.targets for one in sets)
-        size = human_bytes(sum(one.shape.nbytes for one in sets))
+        count = sum(one.targets for one in sets)
+        size = human_bytes(sum(one.nbytes for one in sets))
         each = f"{sets[0].shape.top_k:,} logits each"
         text = f"teacher {teacher.name}: {count:,} tokens, {each}, {size} in {self.cache}"
+        if unread := sum(one.shape.rows - one.rows for one in sets):
+            text += f"; none of {unread:,} rows that no step reads"
         observer.notify(events.Notice(text))
         mx.reset_peak_memory()
         done, reported = 0, 0
@@ -184,11 +244,11 @@ class CachedTargets:
             for one in sets:
                 steps = one.write(generator_of(one), lambda: stop.requested)
                 for fraction in steps:
-                    tenths = int(10 * (done + fraction * one.shape.targets) / count)
+                    tenths = int(10 * (done + fraction * one.targets) / count)
                     if tenths > reported:
                         reported = tenths
                         observer.notify(events.Notice(f"teacher {teacher.name}: {10 * tenths}%"))
-                done += one.shape.targets
+                done += one.targets
                 del steps
                 if stop.requested:
                     break

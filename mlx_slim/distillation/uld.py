@@ -129,7 +129,7 @@ class StoredTargets:
         pairs_N2[sources_N < 0] = -1
         group_N, token_N = pairs_N2.T
         base_N = (group_N >= 0) & (token_N < 0)
-        number_N = np.where(base_N, group_N, 0)
+        number_N = np.where(base_N, group_N, -1)
         ids_NK, top_NK, rest_N = self._columns.columns(number_N)
         if self._vocabulary is None:
             ids_NK = mx.zeros((len(number_N), 1), dtype=mx.int32)  # the sorted distance has no ids
@@ -246,7 +246,7 @@ class ULDDistillation:
                 key["matched"] = hash_bytes(teacher.vocabulary.matched.tobytes())
             folder = target_cache.folder_of(cache, key)
             batches = MergedBatches(grouped(recipe, rows), alignment.teacher_U2)
-            sets.append(TargetSet(shape, key, folder, batches))
+            sets.append(TargetSet(shape, key, folder, batches, alignment.aligned_R))
         return sets
 
     @contextlib.contextmanager

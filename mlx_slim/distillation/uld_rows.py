@@ -256,6 +256,7 @@ class Alignment:
 
     Attributes:
         teacher: The teacher's rows, those that are aligned, in the order of ``rows``.
+        aligned_R: Whether a row of ``rows`` is aligned, bool (R,).
         unaligned: Rows of ``rows`` that are not.
         student_S2: Number of the group of each of the student's targets among all groups of
             ``rows``, or −1; and the token that scales it, or −1. int64.
@@ -268,7 +269,7 @@ class Alignment:
     def __init__(self, folder: Path, rows: TokenStore) -> None:
         every_row, pairs_S2 = np.load(folder / "groups.npy"), np.load(folder / "student.npy")
         counts_R = every_row[rows.index]
-        aligned_R = counts_R > 0
+        self.aligned_R = aligned_R = counts_R > 0
         self.unaligned = int((~aligned_R).sum())
         self.teacher = TokenStore(folder / "rows", index=rows.index[aligned_R])
         before_R = np.cumsum(counts_R, dtype=np.int64) - counts_R

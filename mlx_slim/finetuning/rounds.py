@@ -225,6 +225,11 @@ class AnswerRounds:
             )
         return Begun.READY
 
+    def replaces(self, step: int, index: int) -> bool:
+        """Return whether micro-batch ``index`` of the step after ``step`` steps is of answers."""
+        coin = np.random.default_rng([self._train.seed, _COIN, step, index])
+        return coin.random() < self._scorer.fraction
+
     def _requests(
         self, step: int, plans: Sequence[Plan]
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int, int, int]]]:
@@ -234,8 +239,7 @@ class AnswerRounds:
         numbers: Counter[int] = Counter()
         for at, plan in enumerate(plans, step):
             for index, groups in enumerate(plan):
-                coin = np.random.default_rng([self._train.seed, _COIN, at, index])
-                if coin.random() >= self._scorer.fraction:
+                if not self.replaces(at, index):
                     continue
                 first = len(requests)
                 for row in (row for group in groups for row in group):

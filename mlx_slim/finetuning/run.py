@@ -73,6 +73,7 @@ from mlx_slim.training import checkpoint, rotation
 from mlx_slim.training.grad_checkpoint import checkpointed
 from mlx_slim.training.loop import Loop
 from mlx_slim.training.metrics import MetricsFile
+from mlx_slim.training.step_plan import rows_read
 
 
 def finetune(
@@ -322,6 +323,9 @@ def _build(
             compiled=loop.compiled,
             budget=min(budget, prediction.predicted_peak_bytes),
         )
+    if strategy.targets is not None:
+        read_N = rows_read(loop.batcher, loop.config, loop.total, loop.rounds)
+        strategy.targets.need(read_N)
     return _Built(tuned, data, prediction, loop)
 
 

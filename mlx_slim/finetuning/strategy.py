@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, final
 
 import mlx.nn as nn
+import numpy as np
 
 from mlx_slim import events
 from mlx_slim.adapters.inject import without_adapters
@@ -75,6 +76,10 @@ class TargetGeneration(Protocol):
     @property
     def from_student(self) -> bool:
         """Whether the untrained student computes them; else it is not loaded meanwhile."""
+        ...
+
+    def need(self, read_N: np.ndarray) -> None:
+        """Take note of the training rows that the run reads in any of its steps, bool (N,)."""
         ...
 
     def check_disk(self, out: Path) -> None:

@@ -232,7 +232,8 @@ def _costed(task: ChoiceInputs, draft: Draft, lengths: np.ndarray) -> _Fitting:
     validated = 0.0
     if task.validation[0]:
         validated = task.validation[1] * (1 + _steps(recipe, tokens) / recipe.train.validate_every)
-    teacher_tokens = teacher_passes(recipe, task.config) * (int(lengths.sum()) + task.validation[1])
+    read = min(int(lengths.sum()), tokens) + task.validation[1]
+    teacher_tokens = teacher_passes(recipe, task.config) * read
     longer = 1 + FORWARD * (validated + teacher_tokens) / tokens
     return draft, prediction, Range(longer * time.low, longer * time.high)
 

@@ -310,7 +310,8 @@ def _target_bytes(shapes: TrainingShapes, recipe: Recipe, work: TrainingWork) ->
     top_k = shapes.vocabulary if distill.top_k == "all" else min(distill.top_k, shapes.vocabulary)
     fraction = work.supervised if recipe.data.mask_prompt else 1.0
     a_token = top_k * (6 if shapes.vocabulary <= 1 << 16 else 8) + 4
-    return int(fraction * work.tokens_per_epoch) * a_token * len(distill.teachers)
+    read = min(work.tokens, work.tokens_per_epoch)
+    return int(fraction * read) * a_token * len(distill.teachers)
 
 
 def weight_bytes(config: ModelConfig) -> dict[str, int]:

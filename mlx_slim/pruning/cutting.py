@@ -30,8 +30,9 @@ from mlx_slim.models.streamed import (
     with_fast_forwards,
 )
 from mlx_slim.pruning import importance, surgery, width
-from mlx_slim.pruning.depth import choose_layers
+from mlx_slim.pruning.depth import choose_layers, least_influential
 from mlx_slim.pruning.families import families_of
+from mlx_slim.pruning.methods import BLOCK_INFLUENCE
 from mlx_slim.pruning.options import NAMED, PruneOptions
 from mlx_slim.pruning.plan import Plan
 from mlx_slim.pruning.records import GroupChange, LayerChange
@@ -73,7 +74,7 @@ def _measure(
     seen_NT: mx.array | None,
     notify: Callable[..., None],
 ) -> Scores:
-    """Return every score; of a depth method also the layers that it removes."""
+    """Return every score; of a depth method that looks at the count, also the layers it removes."""
     if planned.method == NAMED:
         return {_LAYERS: np.array(planned.removed, np.int32)}
     rows = "" if seen_NT is None else f" on {len(seen_NT)} rows of {seen_NT.shape[1]} tokens"
@@ -100,6 +101,8 @@ def _measure(
     )
     total = count_of_blocks(weights_of(loaded))
     scores = np.array([removal.scores.get(i, math.nan) for i in range(total)], np.float32)
+    if planned.method == BLOCK_INFLUENCE:
+        return {_STARTS: scores}  # of every count
     result: Scores = {_LAYERS: np.array(removal.layers, np.int32), _STARTS: scores}
     if removal.steps:
         result[_STEPS] = np.array([layer for layer, _ in removal.steps], np.int32)
@@ -110,7 +113,7 @@ def _measure(
 def meaning(planned: Plan) -> str:
     """Return the meaning of the scores of ``planned``."""
     return {
-        "block-influence": "block influence",
+        BLOCK_INFLUENCE: "block influence",
         "angular": f"angle/π over {planned.count} layers from here",
         "perplexity": "nats a token without it",
     }.get(planned.method, planned.method)
@@ -138,7 +141,7 @@ def cut(
     pruned groups is refitted on ``refit_NT``, where there are such rows.
     """
     if planned.axis == "depth":
-        removed = [int(i) for i in scores[_LAYERS]]
+        removed = _chosen(planned, scores)
 
         def without(model: nn.Module) -> tuple[nn.Module, ModelConfig]:
             read = isinstance(loaded, Loaded)
@@ -191,6 +194,13 @@ def cut(
     channels = [groups.pop(HIDDEN, None) for groups in changes]
     layers = [LayerChange(layer, groups) for layer, groups in enumerate(changes)]
     return model, config, Changes(layers, channels[0], notes)
+
+
+def _chosen(planned: Plan, scores: Scores) -> list[int]:
+    """Return the layers that go: what was measured for one count serves for another."""
+    if planned.method == BLOCK_INFLUENCE:
+        return least_influential(scores[_STARTS], planned.count, planned.layers)
+    return [int(i) for i in scores[_LAYERS]]
 
 
 def _cut(

@@ -9,7 +9,7 @@ Legend: N rows, B rows of a batch, T tokens a row, D width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -22,12 +22,13 @@ from mlx_slim.models.route import Forward, routed
 from mlx_slim.models.streamed import Walk, Weights, count_of_blocks
 from mlx_slim.progress import tracked
 from mlx_slim.pruning.importance import BlockInputs
+from mlx_slim.pruning.methods import BLOCK_INFLUENCE
 from mlx_slim.pruning.scores import batches_of
 from mlx_slim.runtime import to_float
 from mlx_slim.training.cross_entropy import CrossEntropy
 from mlx_slim.training.objective import Arrays
 
-STREAMED = ("block-influence", "angular", "random")  # a block at a time
+STREAMED = (BLOCK_INFLUENCE, "angular", "random")  # a block at a time
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def choose_layers(
         chosen = np.random.default_rng([seed, len(allowed)]).permutation(allowed)[:count]
         return Removal(sorted(int(i) for i in chosen), {}, "chosen at random", [])
     assert rows_NT is not None
-    if method == "block-influence":
+    if method == BLOCK_INFLUENCE:
         scores = block_influence(model, rows_NT, special)
-        ranked = sorted(allowed, key=lambda layer: scores[layer])
-        return Removal(sorted(ranked[:count]), dict(enumerate(scores)), "block influence", [])
+        layers = least_influential(scores, count, allowed)
+        return Removal(layers, dict(enumerate(scores)), "block influence", [])
     if method == "angular":
         distances = angular_distance(model, rows_NT, count)
         starts = [i for i in allowed if all(i + k in allowed for k in range(count))]
@@ -99,6 +100,13 @@ def choose_layers(
         return Removal(list(range(first, first + count)), dict(enumerate(distances)), meaning, [])
     assert isinstance(model, nn.Module)
     return _by_perplexity(model, count, allowed, rows_NT)
+
+
+def least_influential(
+    scores: Sequence[float] | np.ndarray, count: int, allowed: list[int]
+) -> list[int]:
+    """Return the ``count`` of the ``allowed`` layers with the lowest ``scores``, ascending."""
+    return sorted(sorted(allowed, key=lambda layer: scores[layer])[:count])
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:

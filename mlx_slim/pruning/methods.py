@@ -10,7 +10,8 @@ from mlx_slim.models.kinds import EXPERTS, HEADS, HIDDEN, MLP
 GRADIENT = ("taylor", "taylor2", "vector")
 OF_EXPERTS = ("reap", "l2", "random")
 OF_WIDTH = (*GRADIENT, "activation", "reap", "l2", "random")
-OF_DEPTH = ("block-influence", "angular", "perplexity", "random")
+BLOCK_INFLUENCE = "block-influence"
+OF_DEPTH = (BLOCK_INFLUENCE, "angular", "perplexity", "random")
 SIZE_FLAGS = {
     HEADS: "--kv-heads",
     MLP: "--intermediate-size",

@@ -32,6 +32,5 @@ class Material:
 
     def scores_at(self, candidate: Candidate, index: int) -> Path | None:
         """Return the file of the scores of a cut; only those of the original are shared."""
-        cut = candidate.cuts[index]
-        name = f"depth-{cut.layers}" if cut.axis == "depth" else cut.axis
-        return self.folder / f"importance-{name}.safetensors" if index == 0 else None
+        axis = candidate.cuts[index].axis
+        return self.folder / f"importance-{axis}.safetensors" if index == 0 else None

@@ -67,6 +67,10 @@ class Rounds(Protocol):
         """
         ...
 
+    def replaces(self, step: int, index: int) -> bool:
+        """Return whether micro-batch ``index`` of the step after ``step`` steps is replaced."""
+        ...
+
     def age(self, step: int) -> int:
         """Return how many steps ago the model had the weights that answered, before a step."""
         ...

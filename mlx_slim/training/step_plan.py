@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
+
 from mlx_slim.config.train import TrainConfig
 from mlx_slim.data.batches import Batcher
 from mlx_slim.data.plans import Plan
 from mlx_slim.errors import SlimError
 from mlx_slim.runtime import world
+from mlx_slim.training.rounds import Rounds
 from mlx_slim.training.state import TrainState
 
 MOST_RANKS = 65  # that are tried, where a run was begun with another number
@@ -69,6 +72,28 @@ def next_plans(batcher: Batcher, config: TrainConfig, at: TrainState, count: int
     """Return the plans of the next ``count`` steps; ``at`` stays."""
     steps = planned_steps(batcher, config, replace(at))
     return [plan for _, _, plan in islice(steps, count)]
+
+
+def rows_read(
+    batcher: Batcher, config: TrainConfig, total: int, rounds: Rounds | None
+) -> np.ndarray:
+    """Return which rows a run of ``total`` steps takes from its data, bool (N,).
+
+    Args:
+        batcher: The rows.
+        config: The ``train`` section.
+        total: Optimizer steps.
+        rounds: Replaces some micro-batches; None replaces none.
+    """
+    read_N = np.zeros(len(batcher.rows), bool)
+    steps = planned_steps(batcher, config, TrainState())
+    for step, (epoch, _, plan) in enumerate(islice(steps, total)):
+        if read_N.all() or (epoch and rounds is None):
+            break
+        for index, groups in enumerate(plan):
+            if rounds is None or not rounds.replaces(step, index):
+                read_N[[row for group in groups for row in group]] = True
+    return read_N
 
 
 def check_train_state(batcher: Batcher, config: TrainConfig, at: TrainState) -> None:

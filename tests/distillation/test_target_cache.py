@@ -170,6 +170,40 @@ def test_a_batch_of_which_some_rows_are_marked_is_computed_whole(
     assert sum(first) == len(ROWS)
 
 
+def test_only_the_batches_of_needed_rows_are_computed(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model: Any = load(str(tiny("llama")))[0]
+    shape = target_layout(ROWS, 6, VOCAB)
+    whole = _stored_targets(tmp_path / "whole", model, shape)
+    generator, folder = TargetGenerator(model, shape, 1.0, 1), tmp_path / "c"
+    computed: list[int] = []
+
+    def counts(batch: Batch):
+        computed.append(batch.rows)
+        return generator(batch)
+
+    needed = np.zeros(len(ROWS), bool)
+    needed[[0, 4]] = True
+    writing = target_cache.write(folder, _key(shape), shape, _batcher(), counts, needed_R=needed)
+    assert list(writing)[-1] == 1.0
+    assert sum(computed) < len(ROWS)
+    some = open_complete(folder, shape, needed)
+    assert some is not None and open_complete(folder, shape) is None
+    done = np.fromfile(folder / "done.bin", np.uint8)
+    firsts = np.cumsum(ROWS.supervised) - ROWS.supervised
+    for row in range(len(ROWS)):
+        sources = firsts[row] + np.arange(ROWS.supervised[row])
+        if done[row]:
+            for ours, theirs in zip(some.columns(sources), whole.columns(sources), strict=True):
+                assert mx.array_equal(ours, theirs).item()
+        else:
+            with pytest.raises(AssertionError):
+                some.columns(sources)
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
+    assert sum(computed) == len(ROWS)
+
+
 def test_stopping_keeps_what_was_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
@@ -227,10 +261,10 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     folder = tmp_path / "c"
-    assert target_cache.missing_bytes(folder, shape) == shape.nbytes
+    assert target_cache.missing_bytes(folder, shape.nbytes) == shape.nbytes
     _stored_targets(folder, model, shape)
     assert sum(file.stat().st_size for file in folder.glob("*.bin")) == shape.nbytes
-    assert target_cache.missing_bytes(folder, shape) == 0
+    assert target_cache.missing_bytes(folder, shape.nbytes) == 0
     monkeypatch.setattr(
         target_cache.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000})()
     )

@@ -53,6 +53,25 @@ def options(text: Path) -> Callable[..., PruneOptions]:
     return make
 
 
+def test_block_influence_of_one_count_serves_another(
+    tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions]
+) -> None:
+    def layers_left(ratio: float, scores_at: Path | None, name: str) -> list[int]:
+        chosen = options(method="block-influence", ratio=ratio, protect_first=0, protect_last=0)
+        prune(tiny(), tmp_path / name, chosen, scores_at=scores_at)
+        record = read_json(tmp_path / name / "prune.json")
+        return [one["layer"] for one in record["layers"] if not one["removed"]]
+
+    measured = tmp_path / "scores.safetensors"
+    two = layers_left(0.34, measured, "two")
+    before = measured.read_bytes()
+    one = layers_left(0.67, measured, "one")
+    assert measured.read_bytes() == before
+    assert two == layers_left(0.34, None, "two again")
+    assert one == layers_left(0.67, None, "one again")
+    assert len(one) == 1 and len(two) == 2
+
+
 @pytest.mark.parametrize("method", WIDTH_METHODS)
 def test_every_width_method_gives_what_stock_mlx_lm_reads(
     tiny: Callable[..., Path], tmp_path: Path, options: Callable[..., PruneOptions], method: str

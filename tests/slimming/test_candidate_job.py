@@ -36,7 +36,7 @@ def test_a_job_reads_its_request_and_scores_and_names_its_inputs(
     name = f"candidates/{request.candidate.key}"
     job = candidate_job(tmp_path, request, 7, far=True)
     assert job.words == ("slim", "--only", name) and job.memory == 7
-    scores = "importance-depth-1.safetensors"
+    scores = "importance-depth.safetensors"
     assert job.reads == (
         f"{name}/job.json",
         f"{name}/recover.yaml",
