@@ -33,10 +33,10 @@ from mlx_slim.artifacts import disk_errors, fsync, hash_json, read_json, write_j
 from mlx_slim.data.batches import Batch, RowStore
 from mlx_slim.data.plans import Plan
 from mlx_slim.distillation.losses import top
-from mlx_slim.errors import ResourceError
+from mlx_slim.errors import ResourceError, SlimError
 from mlx_slim.models import structure
 from mlx_slim.models.host_exponentials import host_exponentials
-from mlx_slim.reading import JsonObject
+from mlx_slim.reading import JsonObject, short
 from mlx_slim.runtime import free_disk
 from mlx_slim.threads import run_in_threads
 from mlx_slim.training.chunk_size import chunk_size, part_count
@@ -143,11 +143,18 @@ class TargetCache:
         """Return ids_NK int32, top_NK and rest_N float32 of the targets numbered ``sources_N``.
 
         −1, in a batch that is for measuring only, takes the last one's.
+
+        Raises:
+            SlimError: Where a target is a hole although its row is marked.
         """
         ids, top_k, rest = (self._files[name] for name in ("ids.bin", "kept.bin", "rest.bin"))
         top_NK, rest_N = top_k[sources_N], rest[sources_N]
-        # Two probabilities of 1 are no distribution: that is a hole.
-        assert not ((rest_N == 0) & (top_NK[:, 0] == 0))[sources_N >= 0].any(), self.folder
+        hole_N = (rest_N == 0) & (top_NK[:, 0] == 0)  # two probabilities of 1 are no distribution
+        if hole_N[sources_N >= 0].any():
+            raise SlimError(
+                f"{short(self.folder)} has no targets for rows that it marks as done",
+                "remove it: the teacher computes them again",
+            )
         return mx.array(ids[sources_N].astype(np.int32)), mx.array(top_NK), mx.array(rest_N)
 
 
