@@ -57,6 +57,17 @@ def _stored_targets(
     return cache
 
 
+class _Counted:
+    """A generator that counts the rows it computes."""
+
+    def __init__(self, generator: TargetGenerator) -> None:
+        self._generator, self.rows = generator, 0
+
+    def __call__(self, batch: Batch) -> target_cache.TeacherTargets:
+        self.rows += batch.rows
+        return self._generator(batch)
+
+
 def _logits(model: nn.Module, row: int) -> mx.array:
     """The teacher's logits of a row's targets, computed alone."""
     ids, supervised = ROWS.row(row)
@@ -133,14 +144,9 @@ def test_a_kill_loses_at_most_a_batch_and_the_rest_is_not_asked_again(
     with pytest.raises(KeyboardInterrupt):
         list(target_cache.write(folder, _key(shape), shape, _batcher(), dies))
     assert open_complete(folder, shape) is None
-    rest = []
-
-    def counts(batch: Batch):
-        rest.append(batch.rows)
-        return generator(batch)
-
-    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
-    assert sum(computed) + sum(rest) == len(ROWS)
+    rest = _Counted(generator)
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), rest))
+    assert sum(computed) + rest.rows == len(ROWS)
     whole = open_complete(folder, shape)
     assert whole is not None
     everything = np.arange(shape.targets)
@@ -160,14 +166,9 @@ def test_a_batch_of_which_some_rows_are_marked_is_computed_whole(
     assert marks.sum() > 1
     marks[np.flatnonzero(marks)[-1]] = 0
     marks.tofile(folder / "done.bin")
-    first: list[int] = []
-
-    def counts(batch: Batch):
-        first.append(batch.rows)
-        return generator(batch)
-
-    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
-    assert sum(first) == len(ROWS)
+    every = _Counted(generator)
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), every))
+    assert every.rows == len(ROWS)
 
 
 def test_only_the_batches_of_needed_rows_are_computed(
@@ -176,18 +177,12 @@ def test_only_the_batches_of_needed_rows_are_computed(
     model: Any = load(str(tiny("llama")))[0]
     shape = target_layout(ROWS, 6, VOCAB)
     whole = _stored_targets(tmp_path / "whole", model, shape)
-    generator, folder = TargetGenerator(model, shape, 1.0, 1), tmp_path / "c"
-    computed: list[int] = []
-
-    def counts(batch: Batch):
-        computed.append(batch.rows)
-        return generator(batch)
-
+    generator, folder = _Counted(TargetGenerator(model, shape, 1.0, 1)), tmp_path / "c"
     needed = np.zeros(len(ROWS), bool)
     needed[[0, 4]] = True
-    writing = target_cache.write(folder, _key(shape), shape, _batcher(), counts, needed_R=needed)
+    writing = target_cache.write(folder, _key(shape), shape, _batcher(), generator, needed_R=needed)
     assert list(writing)[-1] == 1.0
-    assert sum(computed) < len(ROWS)
+    assert generator.rows < len(ROWS)
     some = open_complete(folder, shape, needed)
     assert some is not None and open_complete(folder, shape) is None
     done = np.fromfile(folder / "done.bin", np.uint8)
@@ -200,8 +195,8 @@ def test_only_the_batches_of_needed_rows_are_computed(
         else:
             with pytest.raises(SlimError, match="no targets for rows that it marks as done"):
                 some.columns(sources)
-    list(target_cache.write(folder, _key(shape), shape, _batcher(), counts))
-    assert sum(computed) == len(ROWS)
+    list(target_cache.write(folder, _key(shape), shape, _batcher(), generator))
+    assert generator.rows == len(ROWS)
 
 
 def test_stopping_keeps_what_was_written(tiny: Callable[..., Path], tmp_path: Path) -> None:
