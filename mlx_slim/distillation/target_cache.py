@@ -203,7 +203,14 @@ def check_disk(cache: Path, needed: int) -> None:
 
     Raises:
         ResourceError: Says how much is needed and free.
+        SlimError: If a file is in the way.
     """
+    place = next(one for one in (cache, *cache.absolute().parents) if one.exists())
+    if not place.is_dir():
+        raise SlimError(
+            f"{short(place)} is a file, the teachers' logits need a folder",
+            "choose another distill.cache",
+        )
     free = free_disk(cache)
     if free < needed:
         raise ResourceError(

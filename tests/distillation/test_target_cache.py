@@ -267,6 +267,10 @@ def test_the_size_is_what_is_written_and_a_small_disk_is_refused(
     with pytest.raises(ResourceError, match=r"1.02 kB .* 1.00 kB are free") as caught:
         target_cache.check_disk(tmp_path / "not" / "there", 1024)
     assert caught.value.exit_code == 3
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SlimError, match=r"file is a file, the teachers' logits need a folder"):
+            target_cache.check_disk(cache, 1)
 
 
 def test_a_cut_file_is_not_taken_for_complete(tiny: Callable[..., Path], tmp_path: Path) -> None:
